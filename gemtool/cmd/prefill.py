@@ -1,0 +1,83 @@
+"""gemtool prefill: documents of span streams -> contexts, one a document."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from gemtool import log
+from gemtool.cmd.options import Force, Inputs, NoPg, Output, Recover, common
+
+
+@common
+def prefill(
+    ckpt: Annotated[
+        str, typer.Option("--ckpt", metavar="CKPT", help="Checkpoint folder of the model.")
+    ],
+    inputs: Inputs = None,
+    chunk: Annotated[
+        int,
+        typer.Option(
+            "--chunk",
+            metavar="N",
+            min=1,
+            help="Tokens computed at a time: memory and speed, not results, depend on it.",
+        ),
+    ] = 512,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Read the input and print the tokens, memory, disk and time it takes, as JSON.",
+        ),
+    ] = False,
+    output: Output = None,
+    force: Force = False,
+    recover: Recover = False,
+    no_pg: NoPg = False,
+) -> None:
+    """Run documents through a model and save its context as a file.
+
+    Each document becomes one context, in the order of the input: everything the model keeps of it,
+    so that `gemtool decode --cache` can ask about it at any time, without reading it again.
+    """
+    from gemtool.checkpoint import open_checkpoint
+    from gemtool.errors import GemtoolError
+    from gemtool.infer.documents import documents, expected, require_settings
+    from gemtool.runtime import setup_jax
+    from gemtool.stream.files import display_name, open_output
+    from gemtool.stream.join import open_all_spans
+
+    name = display_name(inputs[0] if inputs else None)
+    checkpoint = open_checkpoint(ckpt)
+    with open_all_spans(inputs, recover=recover) as spans:
+        require_settings(spans.header, checkpoint, name)
+        setup_jax()
+        from gemtool.infer.engine import Engine
+        from gemtool.infer.prefill import Planner, write_context
+
+        engine = Engine(checkpoint, chunk)
+        if dry_run:
+            planner = Planner(engine)
+            for doc, document in documents(spans, name):
+                print(json.dumps({"doc": doc, **planner.plan(document).to_dict()}), flush=True)
+            return
+        coming, total = expected(inputs) or (None, None)
+        room = total if coming == 1 and total is not None else 0
+        pg = None if no_pg else spans.header.pg
+        number = tokens = 0
+        with (
+            open_output(output, force=force) as sink,
+            log.progress("prefill", total=total, unit="tokens") as bar,
+        ):
+            for doc, document in documents(spans, name):
+                footer = write_context(
+                    engine, doc, document, sink, pg=pg, expected=room, on_tokens=bar.update
+                )
+                number, tokens = number + 1, tokens + footer["length"]
+                log.debug(f"{doc}: {footer['length']:,} tokens", kinds=footer["kinds"])
+            if not number:
+                raise GemtoolError(f"{name}: no documents")
+    log.info(f"prefilled {number:,} document{'s'[: number != 1]}, {tokens:,} tokens")

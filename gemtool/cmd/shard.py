@@ -1,0 +1,81 @@
+"""gemtool shard: packed span streams -> a folder of shards."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated
+
+import typer
+
+from gemtool import log
+from gemtool.cmd.options import Force, Inputs, NoPg, Recover, common
+from gemtool.errors import UsageError
+
+_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+_UNITS |= {"kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}
+
+
+@common
+def shard(
+    output: Annotated[
+        str, typer.Option("-o", "--output", metavar="DIR", help="The folder to write.")
+    ],
+    inputs: Inputs = None,
+    shard_size: Annotated[
+        str,
+        typer.Option(
+            "--shard-size",
+            metavar="SIZE",
+            help="End a file with the sequence that reaches SIZE, as 512MiB, 2GB or plain bytes.",
+        ),
+    ] = "1GiB",
+    chunk: Annotated[
+        int,
+        typer.Option(
+            "--chunk",
+            metavar="N",
+            min=1,
+            help="Positions that are stored, and can be read, as one; at most a sequence.",
+        ),
+    ] = 4096,
+    force: Force = False,
+    recover: Recover = False,
+    no_pg: NoPg = False,
+) -> None:
+    """Write packed sequences as a folder of shards for training.
+
+    The folder is complete once it has a manifest.json. A complete folder is replaced only with
+    -f; an unfinished one is started afresh.
+    """
+    from gemtool.data.shards import create_shards
+    from gemtool.stream.join import open_all_spans
+
+    if output == "-":
+        raise UsageError("shards are a folder and cannot go to standard output; use -o DIR")
+    size = parse_size(shard_size)
+    with open_all_spans(inputs, recover=recover) as spans:
+        header = spans.header.derive("shard", pg=not no_pg)
+        with (
+            create_shards(output, header, shard_size=size, chunk=chunk, force=force) as writer,
+            log.progress("shard", unit="tokens") as bar,
+        ):
+            for span in spans:
+                writer.append(span)
+                bar.update(len(span.tokens))
+    log.info(
+        f"{output}: {writer.sequences:,} sequences, {sum(writer.tokens.values()):,} tokens, "
+        f"{len(writer.files)} files, {sum(part['bytes'] for part in writer.files):,} bytes"
+    )
+
+
+def parse_size(text: str) -> int:
+    """Bytes of `512MiB`, `2 GB`, `1000000`.
+
+    Raises:
+        UsageError: not a size.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
+    unit = _UNITS.get(match[2].lower()) if match else None
+    if match is None or unit is None or float(match[1]) * unit < 1:
+        raise UsageError(f"--shard-size {text!r} is no size; write it as 512MiB, 2GB or 1000000")
+    return int(float(match[1]) * unit)

@@ -1,0 +1,271 @@
+"""gemtool view: describe or print anything gemtool writes, for a person or for jq."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from gemtool.cmd.options import Input, Recover, common
+from gemtool.errors import GemtoolError, UsageError
+
+if TYPE_CHECKING:
+    from gemtool.data.vocab import Vocab
+    from gemtool.stream.checked import Source
+    from gemtool.stream.context import ContextReader
+    from gemtool.stream.spans import Header, Span
+
+
+class Mode(StrEnum):
+    """What to show."""
+
+    table = "table"
+    header = "header"
+    jsonl = "jsonl"
+    stats = "stats"
+    verify = "verify"
+
+
+@common
+def view(
+    input: Input = None,
+    header: Annotated[bool, typer.Option("--header", help="The header, as JSON.")] = False,
+    jsonl: Annotated[bool, typer.Option("--jsonl", help="The rows, as JSONL.")] = False,
+    stats: Annotated[
+        bool, typer.Option("--stats", help="Counts, durations and waste, as JSON.")
+    ] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read everything and check every checksum.")
+    ] = False,
+    vocab: Annotated[
+        Path | None,
+        typer.Option("--vocab", metavar="MODEL", help="The vocabulary to show tokens as text."),
+    ] = None,
+    recover: Recover = False,
+) -> None:
+    """Describe or print streams, contexts, shards, runs and checkpoints."""
+    flags = {Mode.header: header, Mode.jsonl: jsonl, Mode.stats: stats, Mode.verify: verify}
+    chosen = [mode for mode, flag in flags.items() if flag]
+    if len(chosen) > 1:
+        raise UsageError(" and ".join(f"--{mode}" for mode in chosen) + " exclude each other")
+    mode = chosen[0] if chosen else Mode.table
+    if input is not None and Path(input).is_dir():
+        lines = view_folder(Path(input), mode, vocab)
+    else:
+        lines = view_stream(input, mode, vocab, recover)
+    for line in lines:
+        print(line)
+
+
+def view_folder(folder: Path, mode: Mode, vocab: Path | None) -> Iterator[str]:
+    """Lines about a shard folder or a checkpoint."""
+    if (folder / "manifest.json").exists():
+        return view_shards(folder, mode, vocab)
+    if (folder / "config.toml").exists():
+        return view_checkpoint(folder, mode)
+    raise GemtoolError(
+        f"{folder}: neither shards (no manifest.json) nor a checkpoint (no config.toml)"
+    )
+
+
+def view_stream(path: str | None, mode: Mode, vocab: Path | None, recover: bool) -> Iterator[str]:
+    """Lines about a span stream or contexts, from a file or stdin."""
+    from gemtool.stream.checked import Source, stream_kind
+    from gemtool.stream.files import display_name, open_input
+    from gemtool.stream.spans import read_spans
+
+    name = display_name(path)
+    with open_input(path) as file:
+        source = Source(file)
+        if stream_kind(source) == "context":
+            yield from view_contexts(source, name, mode)
+            return
+        reader = read_spans(source, name, recover=recover)
+        yield from view_spans(reader, reader.header, mode, vocab, name)
+
+
+# Span streams and shards
+
+
+def view_spans(
+    spans: Iterable[Span], header: Header, mode: Mode, vocab_path: Path | None, name: str
+) -> Iterator[str]:
+    """Lines about spans, whether they come from a pipe or from shards."""
+    from gemtool.stream.jsonl import span_to_dict
+
+    if mode is Mode.header:
+        yield to_json(header.to_dict())
+    elif mode is Mode.jsonl:
+        for span in spans:
+            yield to_json(span_to_dict(span))
+    elif mode is Mode.table:
+        yield from span_table(spans, find_vocab(vocab_path, header))
+    else:
+        found = span_stats(spans, header.packed)
+        if mode is Mode.verify:
+            yield f"{name}: ok, {found['spans']:,} spans, {found['tokens']['total']:,} tokens"
+        else:
+            yield to_json(found)
+
+
+def span_stats(spans: Iterable[Span], packed: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Counts of a span stream; packed streams also have their sequences and waste."""
+    from gemtool.stream.spans import KINDS
+
+    kinds = dict.fromkeys(KINDS, 0)
+    seconds = {"audio": 0.0, "video": 0.0}
+    documents = rows = 0
+    sequences: set[int] = set()
+    for span in spans:
+        rows += 1
+        documents += span.span == 0 and span.start == 0
+        kinds[span.kind] += len(span.tokens)
+        if span.time is not None and span.kind in seconds:
+            seconds[span.kind] += (span.time[1] - span.time[0]) / 1e6
+        if span.seq is not None:
+            sequences.add(span.seq)
+    total = sum(kinds.values())
+    result: dict[str, Any] = {
+        "documents": documents,
+        "spans": rows,
+        "tokens": {**kinds, "total": total},
+        "seconds": {kind: round(value, 3) for kind, value in seconds.items()},
+    }
+    if packed is not None:
+        room = len(sequences) * int(packed["length"])
+        result["packed"] = {
+            "length": packed["length"],
+            "sequences": len(sequences),
+            "waste": round(1 - total / room, 6) if room else 0.0,
+        }
+    return result
+
+
+def span_table(spans: Iterable[Span], vocab: Vocab | None) -> Iterator[str]:
+    """A line a span, tab-separated, with what its tokens say."""
+    yield "\t".join(("doc", "span", "kind", "tokens", "start", "time", "place", "content"))
+    for span in spans:
+        time = "" if span.time is None else f"{span.time[0] / 1e6:.2f}-{span.time[1] / 1e6:.2f}"
+        place = "" if span.seq is None else f"{span.seq}:{span.offset}/{span.segment}"
+        row = (span.doc, span.span, span.kind, len(span.tokens), span.start, time, place)
+        yield "\t".join([*map(str, row), preview(span, vocab)])
+
+
+def preview(span: Span, vocab: Vocab | None, width: int = 60) -> str:
+    """The beginning of a span's text, the names of its control tokens, or its payload's shape."""
+    from gemtool.control import CONTROL_COUNT, CONTROL_TOKENS
+
+    if span.payload is not None:
+        return f"{span.payload.dtype.name} {list(span.payload.shape)}"
+    head = span.tokens[:width].tolist()
+    if span.kind == "control":
+        return " ".join(CONTROL_TOKENS[t] if t < CONTROL_COUNT else str(t) for t in head)
+    if vocab is None:
+        return " ".join(map(str, head))[:width]
+    text = json.dumps(vocab.decode(head), ensure_ascii=False)[1:-1]
+    return text if len(text) <= width else text[: width - 1] + "…"
+
+
+def find_vocab(path: Path | None, header: Header) -> Vocab | None:
+    """The vocabulary named, or the shipped one if the stream was made with it."""
+    from gemtool.data.vocab import Vocab
+
+    vocab = Vocab.load(path)
+    return vocab if path or vocab.fingerprint == header.vocab.get("fingerprint") else None
+
+
+def view_shards(folder: Path, mode: Mode, vocab: Path | None) -> Iterator[str]:
+    """Lines about a shard folder; the header is its manifest."""
+    from gemtool.data.shards import ShardFolder
+    from gemtool.stream.spans import Header
+
+    shards = ShardFolder(folder)
+    if mode is Mode.header:
+        yield to_json(shards.manifest)
+        return
+    if mode is Mode.verify:
+        shards.verify()
+    header = Header.from_dict({**shards.manifest, "packed": {"length": shards.length}})
+    spans = (span for i in range(len(shards)) for span in shards[i])
+    yield from view_spans(spans, header, mode, vocab, str(folder))
+
+
+# Contexts
+
+
+def view_contexts(source: Source, name: str, mode: Mode) -> Iterator[str]:
+    """Lines about the contexts of a file, one document each."""
+    from gemtool.stream.context import read_contexts
+
+    for context in read_contexts(source, name):
+        if mode is Mode.header:
+            yield to_json(context.header.to_dict())
+            continue
+        if mode is Mode.jsonl:
+            for row in context.rows():
+                yield to_json(row.describe())
+            continue
+        found = context_stats(context)
+        if mode is Mode.stats:
+            yield to_json(found)
+        elif mode is Mode.verify:
+            yield f"{name}: {found['doc']}: ok, {found['length']:,} tokens, id {found['id']}"
+        else:
+            for key, value in found.items():
+                yield f"{key}\t{value if isinstance(value, str) else to_json(value)}"
+
+
+def context_stats(context: ContextReader) -> dict[str, Any]:
+    """Length, kinds, identity and the bytes of each part of a context, all of it verified."""
+    sizes: dict[str, int] = {}
+    for row in context.rows():
+        key = f"{row.part}/{row.name}"
+        sizes[key] = sizes.get(key, 0) + row.data.nbytes
+    return {
+        "doc": context.footer["doc"],
+        "id": context.id,
+        "length": context.footer["length"],
+        "kinds": context.footer["kinds"],
+        "model": context.header.model,
+        "parent": context.header.parent,
+        "bytes": sizes,
+    }
+
+
+# Checkpoints
+
+
+def view_checkpoint(folder: Path, mode: Mode) -> Iterator[str]:
+    """Lines about a checkpoint or a training run."""
+    from gemtool.checkpoint import open_checkpoint
+
+    checkpoint = open_checkpoint(str(folder))
+    if mode is Mode.header:
+        yield (folder / "config.toml").read_text().rstrip()
+    elif mode is Mode.jsonl:
+        for name, tensor in sorted(checkpoint.tensors().items()):
+            yield to_json({"name": name, "shape": list(tensor.shape), "dtype": tensor.dtype.name})
+    elif mode is Mode.verify:
+        checkpoint.verify()
+        yield f"{folder}: ok, fingerprint {checkpoint.fingerprint}"
+    else:
+        total = sum(tensor.size for tensor in checkpoint.tensors().values())
+        found = {
+            "model": checkpoint.config.name,
+            "parameters": total,
+            "fingerprint": checkpoint.fingerprint,
+            **checkpoint.card,
+        }
+        if mode is Mode.stats:
+            yield to_json(found)
+        else:
+            for key, value in found.items():
+                yield f"{key}\t{value if isinstance(value, str) else to_json(value)}"
+
+
+def to_json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)

@@ -1,0 +1,1 @@
+"""Text, images, audio and video to spans; packing; shards; the vocabulary."""

@@ -1,0 +1,205 @@
+"""Sound as audio tokens: any container and codec, 16 kHz mono, log-mel, a second a piece."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from gemtool.data.avfile import Decoder, Source, media_errors, open_media
+from gemtool.data.logmel import SAMPLE_RATE, LogMel
+from gemtool.data.pieces import Piece
+from gemtool.data.settings import MediaSettings
+from gemtool.errors import CorruptInput
+
+if TYPE_CHECKING:
+    from av import Packet
+
+_DRIFT = SAMPLE_RATE // 10
+"""Samples by which timestamps may differ from the count of samples before they are believed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Second:
+    """The sound of one second of the source's time.
+
+    Attributes:
+        index: seconds since the beginning.
+        samples: at 16 kHz; fewer than 16,000 where the sound stops.
+        features: float16 [n, 4, 80].
+    """
+
+    index: int
+    samples: int
+    features: np.ndarray
+
+    def piece(self, name: str) -> Piece:
+        start = self.index * 1_000_000
+        end = start + self.samples * 1_000_000 // SAMPLE_RATE
+        return Piece("audio", self.features, time=(start, end), meta={"source": name})
+
+
+def audio_pieces(source: Source, settings: MediaSettings, name: str) -> Iterator[Piece]:
+    """Yields a piece for each second of sound: `settings.audio_rate` tokens, the last one fewer.
+
+    Memory does not grow with length. Where the timestamps leave out a whole second or more, so do
+    the pieces (`Piece.time` shows it); shorter gaps are filled with silence.
+
+    Args:
+        source: a path, the file's bytes, or a binary file (a pipe will do).
+        settings: the token budget.
+        name: of the source, for `meta` and messages.
+
+    Raises:
+        CorruptInput: no sound in it, truncated or damaged.
+        GemtoolError: a codec that is not supported, or a file that a pipe cannot serve.
+    """
+    with open_media(source, name) as media:
+        stream = media.audio_stream()
+        if stream is None:
+            raise CorruptInput(f"{name}: holds no sound")
+        sound = SoundTrack(stream, settings.audio_rate, media.longest_gap, name)
+        for packet in media.packets(stream):
+            for second in sound.push(packet):
+                yield second.piece(name)
+        for second in sound.finish():
+            yield second.piece(name)
+
+
+class SoundTrack:
+    """Decodes one stream of sound into seconds that begin at whole seconds after `origin`.
+
+    Args:
+        stream: libav's, of an open container.
+        rate: tokens a second.
+        longest_gap: seconds; a longer gap in the timestamps is ignored, as is a jump back.
+        name: of the source, for messages.
+        origin: time of second 0 in the stream's own time; None is where the stream begins.
+    """
+
+    def __init__(
+        self, stream: Any, rate: int, longest_gap: int, name: str, origin: Fraction | None = None
+    ) -> None:
+        self._time_base = Fraction(stream.time_base)
+        if origin is None and stream.start_time is not None:
+            origin = stream.start_time * self._time_base
+        self._origin = origin
+        self._decoder = Decoder(stream, name)
+        self._longest_gap = longest_gap * SAMPLE_RATE
+        self._mel = LogMel(rate)
+        self._name = name
+        self._setup: tuple[str, str, int] | None = None
+        self._resampler: Any = None
+        self._second = 0  # being filled
+        self._expected: Fraction | None = None  # sample index at which the next frame should be
+        self._shift = Fraction(0)  # what jumps in the timestamps amounted to
+        self._afresh = False  # the next frame begins a run
+        self._drop = 0  # samples before second 0
+        self._heard = False
+
+    @property
+    def position(self) -> int:
+        """The second being filled: all before it are complete."""
+        return self._second
+
+    def push(self, packet: Packet) -> Iterator[Second]:
+        """Yields the seconds that `packet` completes."""
+        for frame in self._decoder.decode(packet):
+            yield from self._place(frame)
+
+    def finish(self) -> Iterator[Second]:
+        """Yields what is left at the end of the file."""
+        for frame in self._decoder.decode(None):
+            yield from self._place(frame)
+        yield from self.cut()
+        self._decoder.report(self._heard)
+
+    def cut(self) -> Iterator[Second]:
+        """Yields the second being filled as far as it is; sound that follows begins a new run."""
+        yield from self._convert(None)
+        samples = self._mel.pending
+        features = self._mel.finish()
+        if features is not None:
+            yield Second(self._second, samples, features)
+            self._second += 1
+        self._afresh = True
+
+    def _place(self, frame: Any) -> Iterator[Second]:
+        """Puts a frame where its timestamp says, unless it merely jitters or jumps."""
+        if not frame.sample_rate:
+            return
+        at = self._expected
+        if frame.pts is not None:
+            time = frame.pts * Fraction(frame.time_base or self._time_base)
+            if self._origin is None:
+                self._origin = time
+            at = (time - self._origin) * SAMPLE_RATE + self._shift
+        if at is None:
+            at = Fraction(0)
+        if self._expected is None:
+            if abs(at) > self._longest_gap:
+                self._shift, at = -at, Fraction(0)
+            yield from self._begin(at)
+        elif self._afresh:
+            yield from self._begin(at)
+        else:
+            gap = at - self._expected
+            if _DRIFT < gap <= self._longest_gap:
+                yield from self._begin(at)
+            elif abs(gap) > _DRIFT:
+                self._shift -= gap
+        assert self._expected is not None
+        self._expected += Fraction(frame.samples * SAMPLE_RATE, frame.sample_rate)
+        yield from self._convert(frame)
+
+    def _begin(self, at: Fraction) -> Iterator[Second]:
+        """Continues at sample `at`, over silence if that is within the second being filled."""
+        self._expected = at
+        start = round(at)
+        self._drop = max(0, -start)
+        second, within = divmod(max(0, start), SAMPLE_RATE)
+        yield from self._convert(None)
+        if second != self._second:
+            yield from self.cut()
+            self._second = second
+        self._afresh = False
+        missing = within - self._mel.pending
+        if missing > 0:
+            yield from self._fill(np.zeros(missing, np.float32))
+
+    def _convert(self, frame: Any | None) -> Iterator[Second]:
+        """Resamples a frame, None being the end of a run, and fills seconds with it."""
+        from av import AudioResampler
+
+        setup = frame and (frame.format.name, frame.layout.name, frame.sample_rate)
+        if setup != self._setup:
+            if self._resampler is not None:
+                with media_errors(self._name):
+                    rest = self._resampler.resample(None)
+                yield from self._take(rest)
+            self._setup = setup
+            self._resampler = AudioResampler("flt", "mono", SAMPLE_RATE) if frame else None
+        if frame is not None:
+            frame.pts = None  # placed already
+            with media_errors(self._name):
+                frames = self._resampler.resample(frame)
+            yield from self._take(frames)
+
+    def _take(self, frames: list[Any]) -> Iterator[Second]:
+        for frame in frames:
+            samples = frame.to_ndarray().reshape(-1)
+            self._heard = True
+            dropped = min(self._drop, len(samples))
+            self._drop -= dropped
+            samples = samples[dropped:]
+            if not np.abs(samples).max(initial=0) <= 100:  # files of floats can hold anything
+                samples = np.clip(np.nan_to_num(samples), -100, 100)
+            yield from self._fill(samples)
+
+    def _fill(self, samples: np.ndarray) -> Iterator[Second]:
+        for features in self._mel.push(samples):
+            yield Second(self._second, SAMPLE_RATE, features)
+            self._second += 1

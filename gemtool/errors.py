@@ -1,0 +1,34 @@
+"""Failures that a person can act on. Each carries the exit code of the process."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class GemtoolError(Exception):
+    """The work cannot be done; the message is one line that says what to do about it."""
+
+    exit_code = 1
+
+
+class UsageError(GemtoolError):
+    """The command line, a configuration file or the environment asks for something impossible."""
+
+    exit_code = 2
+
+
+class NoInput(UsageError):
+    """A verb was called without an input on a terminal: it shows its help instead of hanging."""
+
+
+class CorruptInput(GemtoolError):
+    """An input is damaged, truncated or not of the kind that was expected."""
+
+    exit_code = 3
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """`"; did you mean 'length'?"` when one of `known` is close to `word`, else an empty string."""
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""

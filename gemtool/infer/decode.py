@@ -1,0 +1,193 @@
+"""Contexts and prompts -> answers: what `gemtool decode` runs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from gemtool.errors import CorruptInput, GemtoolError, did_you_mean
+from gemtool.infer.engine import Answer, Engine, Sequence
+from gemtool.infer.sampling import Sampling
+from gemtool.infer.text import Prompt
+from gemtool.stream.context import ContextReader, open_contexts, require_match
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt of a run: what it is called, and which document it is about."""
+
+    id: str
+    prompt: Prompt
+    doc: str | None = None
+    """None: it is asked of every context."""
+
+
+_SAMPLING = tuple(field.name for field in fields(Sampling))
+_FIELDS: dict[str, tuple[type, ...]] = {
+    "id": (str, int),
+    "prompt": (str,),
+    "doc": (str,),
+    "prefix": (str,),
+    "max_tokens": (int,),
+    "stop": (list, str),
+    "seed": (int,),
+    "temperature": (int, float),
+    "top_k": (int,),
+    "top_p": (int, float),
+    "min_p": (int, float),
+}
+
+
+def read_requests(file: BinaryIO, name: str, default: Prompt) -> Iterator[Request]:
+    """Requests of JSONL, each when its line is there.
+
+    Fields: `prompt`, and if wanted `id` (else the number of the line's object from 0), `doc`, and
+    what overrides `default`: `prefix`, `max_tokens`, `stop`, `seed`, `temperature`, `top_k`,
+    `top_p`, `min_p`.
+
+    Raises:
+        CorruptInput: a line is not JSON, lacks the prompt, or has an unknown or mistyped field.
+    """
+    index = 0
+    for number, line in enumerate(file, 1):
+        if not line.strip():
+            continue
+        try:
+            yield _request(json.loads(line), index, default)
+        except (ValueError, GemtoolError) as problem:
+            raise CorruptInput(f"{name}: line {number}: {problem}") from None
+        index += 1
+
+
+def _request(row: Any, index: int, default: Prompt) -> Request:
+    if not isinstance(row, dict):
+        raise ValueError("not a JSON object")
+    for key, value in row.items():
+        if key not in _FIELDS:
+            raise ValueError(f"unknown field {key!r}{did_you_mean(key, _FIELDS)}")
+        if not isinstance(value, _FIELDS[key]) or isinstance(value, bool):
+            kinds = " or ".join(kind.__name__ for kind in _FIELDS[key])
+            raise ValueError(f"{key!r} is {value!r}; expected {kinds}")
+    if "prompt" not in row:
+        raise ValueError("no field 'prompt'")
+    changes: dict[str, Any] = {k: row[k] for k in ("prefix", "max_tokens", "seed") if k in row}
+    if changes.get("max_tokens", 1) < 1:
+        raise ValueError("'max_tokens' must be at least 1")
+    if changes.get("seed", 0) < 0:
+        raise ValueError("'seed' must not be negative")
+    if "stop" in row:
+        stop = [row["stop"]] if isinstance(row["stop"], str) else row["stop"]
+        if not all(isinstance(text, str) for text in stop):
+            raise ValueError("'stop' must be a string or a list of strings")
+        changes["stop"] = tuple(stop)
+    changes["sampling"] = replace(default.sampling, **{k: row[k] for k in _SAMPLING if k in row})
+    prompt = replace(default, text=row["prompt"], index=index, **changes)
+    return Request(str(row.get("id", index)), prompt, row.get("doc"))
+
+
+def load_context(engine: Engine, reader: ContextReader) -> Sequence:
+    """Puts a context back into a model.
+
+    Raises:
+        GemtoolError: another model, vocabulary or layout made it.
+        CorruptInput: it is damaged or truncated.
+    """
+    require_match(reader.header, engine.header(reader.header.doc), reader.name)
+    blocks: list[Mapping[str, np.ndarray]] = []
+    state: Mapping[str, np.ndarray] = {}
+    logits = np.empty(0, np.float32)
+    length = 0
+    for part in reader.parts():
+        if part.part == "block":
+            blocks.append(part.arrays)
+        elif part.part == "state":
+            state, length = part.arrays, part.stop
+        elif part.part == "end":
+            logits = part.arrays["logits"]
+    if length != reader.footer["length"]:
+        raise CorruptInput(f"{reader.name}: the last state is of token {length:,}, not of the last")
+    try:
+        return engine.restore(length, blocks, state, logits)
+    except (KeyError, ValueError) as problem:
+        raise CorruptInput(f"{reader.name}: the context is not whole ({problem})") from None
+
+
+def answers(
+    engine: Engine,
+    cache: str | None,
+    requests: Iterable[Request],
+    on_text: Callable[[str], None] | None = None,
+) -> Iterator[tuple[Request, str | None, Answer]]:
+    """Answers requests, with the document that each answer is about.
+
+    Without a cache, prompts are answered alone. Else the contexts are loaded one after the other
+    (one in memory at a time), and each answers, in order, the requests that are for it. With one
+    context, answers come in the order of the requests, each as soon as its request is there.
+
+    Args:
+        engine: the model.
+        cache: a file of contexts, or "-" for stdin; None for none.
+        requests: read once, as needed.
+        on_text: gets the text of answers while they are generated.
+
+    Raises:
+        GemtoolError: a request names a document that no context is of; at the end.
+    """
+    if cache is None:
+        for request in requests:
+            if request.doc is not None:
+                raise GemtoolError(
+                    f"prompt {request.id!r}: names document {request.doc!r}, but there is no "
+                    "--cache that could hold it"
+                )
+            yield request, None, engine.answer(None, request.prompt, on_text)
+        return
+    coming, seen = iter(requests), list[Request]()
+    found = set()
+    with open_contexts(cache) as contexts:
+        for reader in contexts:
+            doc = reader.header.doc
+            found.add(doc)
+            sequence = load_context(engine, reader)
+            for request in _all(seen, coming):
+                if request.doc in (None, doc):
+                    yield request, doc, engine.answer(sequence, request.prompt, on_text)
+    for request in seen:
+        if request.doc is not None and request.doc not in found:
+            raise GemtoolError(
+                f"prompt {request.id!r}: no context of document {request.doc!r}"
+                f"{did_you_mean(request.doc, found)}; there are {', '.join(map(repr, found))}"
+            )
+
+
+def _all(seen: list[Request], coming: Iterator[Request]) -> Iterator[Request]:
+    """Requests that were read before, then those that are still to come, which are kept."""
+    yield from list(seen)
+    for request in coming:
+        seen.append(request)
+        yield request
+
+
+def to_row(request: Request, doc: str | None, answer: Answer) -> dict[str, Any]:
+    """An answer as a JSON object."""
+    row: dict[str, Any] = {"id": request.id}
+    if doc is not None:
+        row["doc"] = doc
+    row |= {
+        "text": answer.text,
+        "tokens": answer.tokens,
+        "finish": answer.finish,
+        "usage": {
+            "prompt": answer.prompt,
+            "cached": answer.cached,
+            "generated": len(answer.tokens),
+            "seconds": round(answer.seconds, 6),
+        },
+    }
+    if request.prompt.logprobs:
+        row["logprobs"] = answer.logprobs
+    return row

@@ -1,0 +1,475 @@
+"""A model on a device, ready to read contexts and to answer.
+
+    engine = Engine(open_checkpoint("run"))
+    context = engine.prefill(tokens)               # or the spans of a document
+    engine.ask(context, "What is the number?")     # as often as wanted: the context stays as it is
+
+Prefill and decode are the same compiled function at two tile shapes. The keys and values of
+full-attention layers lie in buffers that are donated from step to step, never copied; only rows
+beyond a context's length are written when it is asked, so going back to the context takes its
+length and its small state, nothing else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gemtool.checkpoint import Checkpoint
+from gemtool.control import END_TURN, EOD
+from gemtool.errors import GemtoolError
+from gemtool.infer.pieces import Piece, Tile, pieces_of, soft_positions, tiles_of
+from gemtool.infer.sampling import Sampling, best, log_softmax, sample
+from gemtool.infer.text import Prompt, TextStream
+from gemtool.model import transformer
+from gemtool.model.attention import LayerCache
+from gemtool.model.cache import Cache, full_layers, init_cache, state_arrays
+from gemtool.model.config import ModelConfig
+from gemtool.model.params import Tree
+from gemtool.stream.context import BLOCK, ContextHeader
+from gemtool.stream.spans import Span
+
+CHUNK = 512
+"""Positions that prefill runs at a time."""
+PROMPT_TILE = 64
+"""Positions of a short prompt's tile."""
+
+Buffers = tuple[tuple[jax.Array, jax.Array], ...]
+"""Keys and values [1, capacity, N, K] of each full-attention layer."""
+
+
+def _join(config: ModelConfig, buffers: Buffers, state: Cache) -> Cache:
+    layers = list(state.layers)
+    for index, (k, v) in zip(full_layers(config), buffers, strict=True):
+        layers[index] = replace(layers[index], k=k, v=v)
+    return Cache(state.length, tuple(layers))
+
+
+def _split(config: ModelConfig, cache: Cache) -> tuple[Buffers, Cache]:
+    """The parts of a cache that are donated, and the small ones, which stay valid."""
+    layers, buffers = list(cache.layers), []
+    for index in full_layers(config):
+        buffers.append((layers[index].k, layers[index].v))
+        layers[index] = replace(layers[index], k=None, v=None)  # type: ignore[arg-type]
+    return tuple(buffers), Cache(cache.length, tuple(layers))
+
+
+def _embedded(
+    params: Tree, config: ModelConfig, tokens: jax.Array, soft: tuple[jax.Array, jax.Array] | None
+) -> jax.Array:
+    x = transformer.embed(params, config, tokens[None, :])
+    if soft is not None:
+        vectors, present = soft
+        x = jnp.where(present[None, :, None], vectors[None], x)
+    return x
+
+
+@partial(jax.jit, static_argnames="config", donate_argnames="buffers")
+def _step(
+    params: Tree,
+    config: ModelConfig,
+    tokens: jax.Array,
+    soft: tuple[jax.Array, jax.Array] | None,
+    valid: jax.Array,
+    buffers: Buffers,
+    state: Cache,
+) -> tuple[jax.Array, Buffers, Cache]:
+    """Runs tokens int32 [T], the first `valid` of them real; scores [V] after the last real one."""
+    x = _embedded(params, config, tokens, soft)
+    hidden, cache = transformer.step(params, config, x, _join(config, buffers, state), valid)
+    last = jax.lax.dynamic_index_in_dim(hidden[0], valid - 1, axis=0, keepdims=False)
+    return transformer.logits(params, config, last), *_split(config, cache)
+
+
+@partial(jax.jit, static_argnames="config", donate_argnames="buffers")
+def _step_kv(
+    params: Tree,
+    config: ModelConfig,
+    tokens: jax.Array,
+    soft: tuple[jax.Array, jax.Array] | None,
+    valid: jax.Array,
+    buffers: Buffers,
+    state: Cache,
+) -> tuple[Buffers, Cache]:
+    """The part of `_step` that far later positions can see."""
+    x = _embedded(params, config, tokens, soft)
+    cache = transformer.step_kv(params, config, x, _join(config, buffers, state), valid)
+    return _split(config, cache)
+
+
+@partial(jax.jit, static_argnames=("config", "kind"))
+def _encode(params: Tree, config: ModelConfig, kind: str, values: jax.Array) -> jax.Array:
+    return transformer.encode_media(params, config, kind, values)
+
+
+@partial(jax.jit, static_argnames="size")
+def _rows(buffers: Buffers, start: jax.Array, size: int) -> Buffers:
+    """Rows `start` to `start + size` of all buffers."""
+    return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, size, axis=1), buffers)
+
+
+@partial(jax.jit, static_argnames="capacity")
+def _grown(buffers: Buffers, capacity: int) -> Buffers:
+    return jax.tree.map(
+        lambda x: jnp.pad(x, ((0, 0), (0, capacity - x.shape[1]), (0, 0), (0, 0))), buffers
+    )
+
+
+def capacity_for(length: int) -> int:
+    """Rows of the buffers of a sequence: a power of two, so that few shapes are ever compiled."""
+    return max(BLOCK, 1 << (length - 1).bit_length())
+
+
+class Sequence:
+    """A sequence of tokens that went through a model, and what continues it.
+
+    Attributes:
+        length: positions so far.
+    """
+
+    def __init__(self, engine: Engine, buffers: Buffers, state: Cache, length: int) -> None:
+        self._engine = engine
+        self._buffers: Buffers | None = buffers
+        self._state = state
+        self._logits: Any = None
+        self.length = length
+
+    @property
+    def logits(self) -> np.ndarray | None:
+        """Scores float32 [V] of the next token; None where the last tile was not scored."""
+        return None if self._logits is None else np.asarray(self._logits)
+
+    def run(self, tile: Tile, size: int) -> None:
+        """Appends the positions of a tile, padded to `size`. Returns before they are computed."""
+        engine, piece = self._engine, tile.piece
+        self.reserve(self.length + size)
+        padding = size - len(piece)
+        tokens = np.pad(piece.tokens.astype(np.int32, copy=False), (0, padding))
+        soft = None
+        if piece.soft is not None:
+            present = np.pad(soft_positions(piece.tokens), (0, padding))
+            soft = np.pad(piece.soft, ((0, padding), (0, 0))), present
+        valid = np.int32(len(piece))
+        arguments = (engine.params, engine.config, tokens, soft, valid, self._taken(), self._state)
+        if tile.scored:
+            self._logits, self._buffers, self._state = _step(*arguments)
+        else:
+            self._logits = None
+            self._buffers, self._state = _step_kv(*arguments)
+        self.length += len(piece)
+
+    def extend(self, tokens: np.ndarray) -> None:
+        """Appends tokens int32 [n], a prompt or one that was just chosen."""
+        sizes = (1,) if len(tokens) == 1 else (PROMPT_TILE, max(self._engine.chunk, PROMPT_TILE))
+        for tile in tiles_of([Piece(tokens)], sizes[-1], reach=self._engine.reach):
+            self.run(tile, next(size for size in sizes if size >= len(tile.piece)))
+
+    def reserve(self, length: int) -> None:
+        """Makes room for `length` positions in all."""
+        buffers = self._taken()
+        if buffers and buffers[0][0].shape[1] < length:
+            buffers = _grown(buffers, capacity_for(length))
+        self._buffers = buffers
+
+    @contextlib.contextmanager
+    def fork(self) -> Iterator[Sequence]:
+        """A sequence that begins as this one, for the time of the block.
+
+        It writes its keys and values behind this one's in the same buffers, where nobody sees them
+        once the block has ended. One fork can be open at a time, and this sequence not be extended.
+        """
+        child = Sequence(self._engine, self._taken(), self._state, self.length)
+        child._logits, self._buffers = self._logits, None
+        try:
+            yield child
+        finally:
+            self._buffers, child._buffers = child._buffers, None
+
+    def _taken(self) -> Buffers:
+        if self._buffers is None:
+            raise RuntimeError("the sequence is forked: end that generation before the next")
+        return self._buffers
+
+    # For measuring
+
+    def skip_to(self, length: int) -> None:
+        """Pretends that `length` positions went before, whatever the buffers hold there."""
+        self._state = replace(self._state, length=jnp.array(length, jnp.int32))
+        self.length = length
+
+    def wait(self) -> None:
+        """Returns when everything appended so far is computed."""
+        jax.block_until_ready((self._buffers, self._state))
+
+    # For context files
+
+    def block(self, start: int, stop: int) -> dict[str, np.ndarray]:
+        """Keys and values of positions of one block: "layers/2/k" [1, stop - start, N, K].
+
+        `start` is a multiple of BLOCK, `stop - start` at most BLOCK.
+        """
+        rows = _rows(self._taken(), np.int32(start), BLOCK)
+        arrays = {}
+        for index, pair in zip(full_layers(self._engine.config), rows, strict=True):
+            for name, array in zip("kv", pair, strict=True):
+                arrays[f"layers/{index}/{name}"] = np.asarray(array)[:, : stop - start]
+        return arrays
+
+    def state(self) -> dict[str, np.ndarray]:
+        """What the next position needs besides blocks, the length aside: "layers/0/tail"."""
+        config = self._engine.config
+        arrays = state_arrays(config, _join(config, self._taken(), self._state))
+        del arrays["length"]
+        return arrays
+
+
+@dataclass(frozen=True)
+class Step:
+    """One chosen token."""
+
+    token: int
+    logits: np.ndarray
+    """float32 [V]: the scores that it was chosen from."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model said to a prompt."""
+
+    text: str
+    tokens: list[int]
+    """Without the token that ended the answer."""
+    finish: str
+    """"stop": the model ended its turn or a stop string came; "length": max_tokens were chosen."""
+    prompt: int
+    """Tokens of the prompt."""
+    cached: int
+    """Tokens of the context before it."""
+    seconds: float
+    logprobs: list[dict[str, Any]]
+    """Where asked for, an entry a token: `token`, `text`, `logprob`, and `top`, the best tokens."""
+
+
+class Engine:
+    """A checkpoint's model on the default device.
+
+    Args:
+        checkpoint: an open one.
+        chunk: positions that prefill runs at a time; results do not depend on it.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, chunk: int = CHUNK) -> None:
+        self.checkpoint = checkpoint
+        self.config: ModelConfig = checkpoint.config
+        self.vocab = checkpoint.vocab
+        self.chunk = chunk
+        self.reach = transformer.tail_reach(self.config)
+        self.params = jax.device_put(checkpoint.load_params())
+
+    def header(self, doc: str) -> ContextHeader:
+        """What the header of a context of this model says, provenance aside."""
+        layout = tuple(
+            {
+                "attention": kind.attention,
+                "kv_heads": kind.kv_heads,
+                "head_dim": kind.head_dim,
+                "window": kind.window,
+                "conv_tail": kind.conv_tail,
+            }
+            for kind in self.config.layer_kinds
+        )
+        vocab = {"fingerprint": self.vocab.fingerprint, "size": self.vocab.size}
+        return ContextHeader(doc, self.checkpoint.fingerprint, vocab, layout, self.config.kv_dtype)
+
+    def begin(self, expected: int = 0) -> Sequence:
+        """An empty sequence with room for `expected` positions; it grows as needed."""
+        capacity = capacity_for(max(expected, 1))
+        return Sequence(self, *_split(self.config, init_cache(self.config, 1, capacity)), 0)
+
+    def restore(
+        self,
+        length: int,
+        blocks: list[Mapping[str, np.ndarray]],
+        state: Mapping[str, np.ndarray],
+        logits: np.ndarray,
+    ) -> Sequence:
+        """A sequence from what `Sequence.block` and `Sequence.state` gave."""
+        capacity = capacity_for(length + 2 * PROMPT_TILE)
+        empty = init_cache(self.config, 1, 0)
+        full = full_layers(self.config)
+        layers, buffers = [], []
+        for index, layer in enumerate(empty.layers):
+            paths = {name: f"layers/{index}/{name}" for name in ("k", "v", "tail")}
+            tail = jnp.array(state[paths["tail"]])
+            if index in full:
+                pair = [
+                    _filled([block[paths[name]] for block in blocks], capacity, layer.k)
+                    for name in "kv"
+                ]
+                buffers.append((pair[0], pair[1]))
+                layers.append(LayerCache(None, None, tail))  # type: ignore[arg-type]
+            else:
+                k, v = (jnp.array(state[paths[name]]) for name in "kv")
+                layers.append(LayerCache(k, v, tail))
+        cache = Cache(jnp.array(length, jnp.int32), tuple(layers))
+        sequence = Sequence(self, tuple(buffers), cache, length)
+        sequence._logits = np.array(logits)
+        return sequence
+
+    def weight_bytes(self) -> int:
+        """Memory of the parameters."""
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(self.params))
+
+    def row_bytes(self) -> int:
+        """Memory of a position in the buffers of a sequence."""
+        kinds = self.config.layer_kinds
+        values = sum(2 * kinds[i].kv_heads * kinds[i].head_dim for i in full_layers(self.config))
+        return values * np.dtype(self.config.kv_dtype).itemsize
+
+    def state_bytes(self) -> int:
+        """Size of a state in a context file."""
+        arrays = state_arrays(self.config, init_cache(self.config, 1, 0))
+        return sum(array.nbytes for array in arrays.values())
+
+    def encode(self, kind: str, values: np.ndarray) -> np.ndarray:
+        """Soft tokens float32 [N, P, D] of raw features [N, P, F]."""
+        return np.asarray(_encode(self.params, self.config, kind, values))
+
+    def tiles(self, pieces: Iterable[Piece], boundary: int | None = None) -> Iterator[Tile]:
+        """The tiles in which `prefill` runs a document."""
+        return tiles_of(pieces, self.chunk, reach=self.reach, boundary=boundary)
+
+    def prefill(self, document: np.ndarray | Iterable[Span]) -> Sequence:
+        """Reads a document, token ids int32 [n] or spans, and keeps what continues it."""
+        if isinstance(document, np.ndarray):
+            sequence, pieces = self.begin(len(document)), iter([Piece(document)])
+        else:
+            sequence, pieces = self.begin(), pieces_of(document, self.config, self.encode)
+        for tile in self.tiles(pieces):
+            sequence.run(tile, self.chunk)
+        return sequence
+
+    def generate(
+        self,
+        context: Sequence | None,
+        prompt: np.ndarray,
+        *,
+        sampling: Sampling = Sampling(),  # noqa: B008 (immutable)
+        seed: tuple[int, int] = (0, 0),
+        max_tokens: int = 256,
+    ) -> Iterator[Step]:
+        """Chooses tokens after a context and a prompt, int32 [n].
+
+        Ends after END_TURN or EOD, which are given too, or after `max_tokens`. The context is as
+        before when the iterator has ended or is closed.
+
+        Args:
+            context: None is an empty one.
+            prompt: may be empty where the context is not.
+            sampling: how.
+            seed: what random draws depend on, besides the step: seed and index of the prompt.
+            max_tokens: at least 1.
+
+        Raises:
+            GemtoolError: neither context nor prompt has a token.
+        """
+        if context is None:
+            context = self.begin()
+        if not len(prompt) and context.length == 0:
+            raise GemtoolError("nothing to continue: neither the context nor the prompt has tokens")
+        with context.fork() as live:
+            if len(prompt):
+                live.extend(prompt)
+            for count in range(max_tokens):
+                logits = live.logits
+                assert logits is not None
+                token = sample(logits, sampling, (*seed, count))
+                yield Step(token, logits)
+                if token in (END_TURN, EOD):
+                    return
+                if count + 1 < max_tokens:
+                    live.extend(np.array([token], np.int32))
+
+    def answer(
+        self,
+        context: Sequence | None,
+        prompt: Prompt,
+        on_text: Callable[[str], None] | None = None,
+    ) -> Answer:
+        """Answers a prompt; `on_text` gets the text piece by piece as it becomes certain."""
+        started = time.perf_counter()
+        question = prompt.tokens(self.vocab)
+        steps = self.generate(
+            context,
+            question,
+            sampling=prompt.sampling,
+            seed=(prompt.seed, prompt.index),
+            max_tokens=prompt.max_tokens,
+        )
+        stream, texts, finish = TextStream(prompt.stop), [], "length"
+        tokens: list[int] = []
+        logprobs: list[dict[str, Any]] = []
+
+        def release(text: str) -> None:
+            texts.append(text)
+            if text and on_text is not None:
+                on_text(text)
+
+        with contextlib.closing(steps):  # type: ignore[type-var]
+            for step in steps:
+                if step.token in (END_TURN, EOD):
+                    finish = "stop"
+                    break
+                tokens.append(step.token)
+                if prompt.logprobs:
+                    logprobs.append(self._logprobs(step, prompt.logprobs))
+                release(stream.push(self.vocab.piece_bytes(step.token)))
+                if stream.stopped:
+                    finish = "stop"
+                    break
+        release(stream.finish())
+        return Answer(
+            text="".join(texts),
+            tokens=tokens,
+            finish="stop" if stream.stopped else finish,
+            prompt=len(question),
+            cached=0 if context is None else context.length,
+            seconds=time.perf_counter() - started,
+            logprobs=logprobs,
+        )
+
+    def ask(self, context: Sequence | np.ndarray, text: str, **options: Any) -> str:
+        """The answer to a question about a context, or about tokens int32 [n] that become one.
+
+        `options` are fields of `Prompt`: prefix, max_tokens, sampling, stop.
+        """
+        if isinstance(context, np.ndarray):
+            context = self.prefill(context)
+        return self.answer(context, Prompt(text, **options)).text
+
+    def _logprobs(self, step: Step, count: int) -> dict[str, Any]:
+        values = log_softmax(step.logits)
+
+        def entry(token: int) -> dict[str, Any]:
+            text = self.vocab.decode([token])
+            return {"token": token, "text": text, "logprob": float(values[token])}
+
+        return {**entry(step.token), "top": [entry(token) for token, _ in best(values, count)]}
+
+
+def _filled(blocks: list[np.ndarray], capacity: int, like: jax.Array) -> jax.Array:
+    """A buffer [1, capacity, N, K] that begins with these rows."""
+    buffer = np.zeros((1, capacity, *like.shape[2:]), like.dtype)
+    at = 0
+    for rows in blocks:
+        buffer[:, at : at + rows.shape[1]] = rows
+        at += rows.shape[1]
+    return jnp.asarray(buffer)

@@ -1,0 +1,162 @@
+"""Documents -> contexts: runs them through a model and writes blocks as they are finished."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from gemtool.infer.engine import Engine, capacity_for
+from gemtool.infer.pieces import GROUPS, Piece, Tile, check_span, pieces_of
+from gemtool.stream.context import BLOCK, STATE_EVERY, ContextWriter
+from gemtool.stream.spans import Span, provenance
+
+
+class _Tally:
+    """Counts tokens by kind and hashes media as spans pass through."""
+
+    def __init__(self) -> None:
+        self.kinds: dict[str, int] = {}
+        self._media: dict[str, Any] = {}
+
+    def through(self, spans: Iterable[Span]) -> Iterator[Span]:
+        for span in spans:
+            self.kinds[span.kind] = self.kinds.get(span.kind, 0) + len(span.tokens)
+            if span.payload is not None:
+                digest = self._media.setdefault(span.kind, hashlib.sha256())
+                digest.update(np.ascontiguousarray(span.payload).view(np.uint8).reshape(-1))
+            yield span
+
+    def media(self) -> dict[str, str]:
+        return {kind: digest.hexdigest() for kind, digest in self._media.items()}
+
+
+def write_context(
+    engine: Engine,
+    doc: str,
+    spans: Iterable[Span],
+    sink: BinaryIO,
+    *,
+    pg: tuple[Any, ...] | None = (),
+    expected: int = 0,
+    on_tokens: Callable[[int], None] = lambda count: None,
+) -> dict[str, Any]:
+    """Runs a document through the model, writes its context to `sink`, and returns the footer.
+
+    Args:
+        engine: the model.
+        doc: id of the document.
+        spans: of the document, without its end-of-document token; at least one token.
+        sink: where the context goes.
+        pg: provenance of the spans, to which this program is added; None leaves it out.
+        expected: tokens that are likely to come, to make room for them at once.
+        on_tokens: called with the number of tokens of each tile.
+    """
+    header = engine.header(doc)
+    if pg is not None:
+        header = replace(header, pg=(*pg, provenance("prefill", pg)))
+    writer = ContextWriter(sink, header)
+    sequence, tally = engine.begin(expected), _Tally()
+    waiting = np.empty(0, np.int32)
+    pieces = pieces_of(tally.through(spans), engine.config, engine.encode)
+    for tile in engine.tiles(pieces, boundary=STATE_EVERY):
+        sequence.run(tile, engine.chunk)
+        waiting = np.concatenate([waiting, tile.piece.tokens])
+        while len(waiting) >= BLOCK:
+            writer.block(waiting[:BLOCK], sequence.block(writer.length, writer.length + BLOCK))
+            waiting = waiting[BLOCK:]
+        if sequence.length % STATE_EVERY == 0 and not tile.last:
+            writer.state(sequence.state())
+        on_tokens(len(tile.piece))
+    if len(waiting):
+        writer.block(waiting, sequence.block(writer.length, sequence.length))
+    writer.state(sequence.state())
+    assert sequence.logits is not None
+    writer.end(sequence.logits)
+    return writer.close(tally.kinds, tally.media())
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What prefilling would take."""
+
+    tokens: int
+    memory: int
+    """Bytes: weights, and the buffers of keys and values with room to grow. Leaves out what Python
+    and the compiler need, some hundreds of megabytes."""
+    disk: int
+    """Bytes of the context."""
+    seconds: float
+    """Once the programs are compiled."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "seconds": round(self.seconds, 3)}
+
+
+class Planner:
+    """Says what prefilling a document of some length takes, from one tile measured at two places.
+
+    The time of a tile is taken to be a constant plus a part that grows with the tokens before it.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._media: dict[str, float] = {}
+        self._constant, self._slope = self._tile_seconds()
+
+    def _tile_seconds(self, far: int = 16 * BLOCK) -> tuple[float, float]:
+        chunk = self._engine.chunk
+        sequence = self._engine.begin(far + 3 * chunk)
+        tile = Tile(Piece(np.full(chunk, 64, np.int32)), scored=False, last=False)
+
+        def run(place: int) -> None:
+            sequence.skip_to(place)
+            sequence.run(tile, chunk)
+            sequence.wait()
+
+        near = _seconds(lambda: run(0))
+        return near, max(_seconds(lambda: run(far)) - near, 0.0) / far
+
+    def _group_seconds(self, kind: str) -> float:
+        if kind not in self._media:
+            encoder = self._engine.config.encoder(kind)
+            values = np.zeros((GROUPS, encoder.tokens, encoder.features), np.float16)
+            if kind == "visual":
+                values = values.astype(np.uint8)
+            self._media[kind] = _seconds(lambda: self._engine.encode(kind, values)) / GROUPS
+        return self._media[kind]
+
+    def plan(self, spans: Iterable[Span]) -> Plan:
+        """Counts the tokens of a document, without running it, and says what it would take."""
+        engine, tokens, groups = self._engine, 0, dict.fromkeys(("visual", "audio"), 0)
+        for span in spans:
+            check_span(span, engine.config)
+            tokens += len(span.tokens)
+            if span.payload is not None:
+                groups["audio" if span.kind == "audio" else "visual"] += 1
+        tiles = -(-tokens // engine.chunk)
+        seconds = tiles * (self._constant + self._slope * tokens / 2)
+        seconds += sum(count * self._group_seconds(kind) for kind, count in groups.items() if count)
+        row = engine.row_bytes()
+        states = -(-tokens // STATE_EVERY)
+        return Plan(
+            tokens=tokens,
+            memory=engine.weight_bytes() + row * capacity_for(tokens + engine.chunk),
+            disk=tokens * (row + 4) + states * engine.state_bytes() + 4 * engine.config.vocab_size,
+            seconds=seconds,
+        )
+
+
+def _seconds(action: Callable[[], Any], repetitions: int = 3) -> float:
+    """Least time of some calls, after one that compiles."""
+    action()
+    times = []
+    for _ in range(repetitions):
+        started = time.perf_counter()
+        action()
+        times.append(time.perf_counter() - started)
+    return min(times)

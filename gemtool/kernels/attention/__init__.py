@@ -1,0 +1,103 @@
+"""Softmax attention with grouped heads, windows, packed segments, and a learned sink.
+
+The fast implementation is FlashAttention (arXiv 2205.14135): blocks of queries against blocks of
+keys with an online softmax, so that no [T, S] matrix ever exists and blocks that cannot be seen are
+never visited.
+"""
+
+from __future__ import annotations
+
+import jax
+
+from gemtool.kernels.attention.reference import attention_reference
+from gemtool.kernels.attention.xla import attention_xla
+from gemtool.kernels.dispatch import dispatch
+
+IMPLEMENTATIONS = {"xla": attention_xla, "reference": attention_reference}
+
+
+def flash_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    scale: float | None = None,
+    causal: bool = True,
+    window: int | None = None,
+    q_start: int | jax.Array = 0,
+    kv_length: int | jax.Array | None = None,
+    q_segments: jax.Array | None = None,
+    kv_segments: jax.Array | None = None,
+    sink: jax.Array | None = None,
+    soft_cap: float | None = None,
+    impl: str | None = None,
+) -> jax.Array:
+    """Attend from each query to the keys it can see.
+
+    A query at absolute position ``p = q_start + t`` sees key ``s`` if all of these hold: ``s <= p``
+    (when causal); ``s > p - window`` (when there is a window); ``s < kv_length``; the segments of
+    both are equal and not 0 (when given). A query that sees nothing returns zeros.
+
+    Work is proportional to the visible blocks: a buffer of keys may be far larger than
+    ``kv_length``, and a window makes the cost linear in T. Scores, softmax and sums are float32
+    (float64 when ``q`` is float64).
+
+    Args:
+        q: [B, T, H, D] floating. A temperature belongs in here, multiplied by the caller.
+        k: [B, S, KV, D] floating, of any floating type; converted block by block. KV divides H;
+            query head h uses key head h // (H // KV).
+        v: [B, S, KV, D] as k.
+        scale: multiplies the scores; D ** -0.5 by default.
+        causal: whether keys after a query's position are hidden.
+        window: number of positions a query sees, itself included; at least 1.
+        q_start: int or int32 [] (may be traced): position of the first query.
+        kv_length: int or int32 [] (may be traced): keys from this index on are absent; by default
+            none is.
+        q_segments: int32 [B, T], with kv_segments: documents of a packed sequence; 0 is padding.
+        kv_segments: int32 [B, S].
+        sink: floating [H]: a logit that takes part in the softmax and has no value.
+        soft_cap: scores become ``soft_cap * tanh(scores / soft_cap)``.
+        impl: name of the implementation; by default the best of this platform.
+
+    Returns:
+        [B, T, H, D] in q's dtype. Differentiable (reverse mode) in q, k, v and sink.
+
+    Raises:
+        ValueError: shapes or options do not fit together.
+    """
+    if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape:
+        raise ValueError(f"attention: q, k, v are [B, T|S, heads, D]; got {_shapes(q, k, v)}")
+    batch, length, heads, dim = q.shape
+    if k.shape[0] != batch or k.shape[3] != dim or heads % k.shape[2]:
+        raise ValueError(f"attention: B, D or heads of q and k do not match: {_shapes(q, k, v)}")
+    if window is not None and window < 1:
+        raise ValueError(f"attention: window={window}; expected at least 1 or None")
+    if (q_segments is None) != (kv_segments is None):
+        raise ValueError("attention: give q_segments and kv_segments together, or neither")
+    if q_segments is not None and kv_segments is not None:
+        got = _shapes(q_segments, kv_segments)
+        if q_segments.shape != (batch, length) or kv_segments.shape != k.shape[:2]:
+            raise ValueError(f"attention: segments are [B, T] and [B, S]; got {got}")
+    if sink is not None and sink.shape != (heads,):
+        raise ValueError(f"attention: sink is [H] = [{heads}]; got {_shapes(sink)}")
+    return dispatch(
+        "attention",
+        IMPLEMENTATIONS,
+        impl,
+        q,
+        k,
+        v,
+        scale=dim**-0.5 if scale is None else float(scale),
+        causal=causal,
+        window=window,
+        q_start=q_start,
+        kv_length=k.shape[1] if kv_length is None else kv_length,
+        q_segments=q_segments,
+        kv_segments=kv_segments,
+        sink=sink,
+        soft_cap=soft_cap,
+    )
+
+
+def _shapes(*arrays: jax.Array) -> str:
+    return ", ".join(str(list(a.shape)) for a in arrays)

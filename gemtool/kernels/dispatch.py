@@ -1,0 +1,73 @@
+"""Choose the implementation of a kernel.
+
+The choice is made while tracing. An explicit name (the argument ``impl``, else the environment
+variable ``GEMTOOL_KERNELS``) is obeyed or fails; otherwise the implementations of this platform are
+tried in order, and one that raises `NotImplementedError` passes the call to the next.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from gemtool.errors import UsageError
+
+ENVIRONMENT = "GEMTOOL_KERNELS"
+
+# Platform (`jax.default_backend()`) -> names to try, best first. An operation may lack some.
+PREFERENCE: dict[str, tuple[str, ...]] = {
+    "cpu": ("xla", "reference"),
+    "gpu": ("xla", "reference"),
+    "tpu": ("xla", "reference"),
+}
+
+
+def dispatch(
+    operation: str,
+    implementations: Mapping[str, Callable[..., Any]],
+    impl: str | None,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """Call ``implementations[name](*args, **kwargs)`` for the chosen name.
+
+    Raises:
+        ValueError: ``impl`` names no implementation of this operation.
+        UsageError: the environment variable names none.
+        NotImplementedError: no (chosen) implementation supports these arguments.
+    """
+    if impl is not None:
+        if impl not in implementations:
+            known = _known(implementations)
+            raise ValueError(f"{operation}: impl={impl!r}; expected one of {known}")
+        return implementations[impl](*args, **kwargs)
+    wanted = os.environ.get(ENVIRONMENT)
+    if wanted:
+        if wanted not in implementations:
+            raise UsageError(
+                f"{ENVIRONMENT}={wanted}: {operation} has no such implementation; "
+                f"set it to one of {_known(implementations)}, or unset it"
+            )
+        return implementations[wanted](*args, **kwargs)
+    reasons = []
+    platform = jax.default_backend()
+    for name in PREFERENCE.get(platform, ("xla", "reference")):
+        if name in implementations:
+            try:
+                return implementations[name](*args, **kwargs)
+            except NotImplementedError as reason:
+                reasons.append(f"{name}: {reason}")
+    raise NotImplementedError(f"{operation} on {platform}: " + "; ".join(reasons))
+
+
+def _known(implementations: Mapping[str, Callable[..., Any]]) -> str:
+    return ", ".join(implementations)
+
+
+def accumulator(dtype: Any) -> Any:
+    """The type a kernel computes in: float64 for float64, float32 for every other floating type."""
+    return jnp.float64 if dtype == jnp.float64 else jnp.float32

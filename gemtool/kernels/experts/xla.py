@@ -1,0 +1,240 @@
+"""Dropless mixture of experts (after MegaBlocks, arXiv 2211.15841) in plain XLA.
+
+Pairs (token, choice) are sorted by expert. An outer loop takes one expert at a time, and an inner
+loop with a dynamic bound takes its rows block by block, each one matmul with that expert's weights:
+work follows the number of rows that exist, not a capacity. An expert's last block runs on into rows
+of the next experts; what it writes there is overwritten when their turn comes, so that rows need no
+padding. The backward pass saves the gate and up projections and accumulates an expert's weight
+gradients block by block, writing them to the [E, ...] arrays once.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from gemtool.kernels.dispatch import accumulator
+
+# Up to this many pairs (decoding), each is a chain of matrix-vector products by itself.
+FEW_PAIRS = 16
+
+# (mean rows of an expert, rows of a block). Taller matmuls are faster, but an expert's last block
+# is on average half empty.
+BLOCK_ROWS = ((1024, 256), (512, 128), (64, 64), (32, 32), (16, 16), (0, 8))
+
+
+def experts_xla(
+    x: jax.Array,
+    expert_ids: jax.Array,
+    weights: jax.Array,
+    w_gate: jax.Array,
+    w_up: jax.Array,
+    w_down: jax.Array,
+) -> jax.Array:
+    """See `gemtool.kernels.experts.expert_mlp`."""
+    with jax.named_scope("experts"):
+        return _experts(x, expert_ids, weights, w_gate, w_up, w_down)
+
+
+@jax.custom_vjp
+def _experts(
+    x: jax.Array,
+    expert_ids: jax.Array,
+    weights: jax.Array,
+    w_gate: jax.Array,
+    w_up: jax.Array,
+    w_down: jax.Array,
+) -> jax.Array:
+    if expert_ids.size <= FEW_PAIRS:
+        return _few(x, expert_ids, weights, w_gate, w_up, w_down)
+    return _forward(False, x, expert_ids, weights, w_gate, w_up, w_down)[0]
+
+
+def _experts_fwd(*arrays: Any) -> tuple[jax.Array, Any]:
+    out, kept = _forward(True, *arrays)
+    return out, (arrays, kept)
+
+
+class _Sorted(NamedTuple):
+    """The pairs in order of their expert, those without an expert last."""
+
+    token: jax.Array  # int32 [N]: the token of the i-th pair in this order
+    place: jax.Array  # int32 [T, K]: where a pair is in this order
+    start: jax.Array  # int32 [E]: the first pair of an expert
+    rows: jax.Array  # int32 [E]: how many it has
+    block: int  # rows of a matmul
+
+
+def _sort(expert_ids: jax.Array, experts: int) -> _Sorted:
+    pairs = expert_ids.size
+    flat = expert_ids.reshape(-1)
+    order = jnp.argsort(flat, stable=True).astype(jnp.int32)
+    place = jnp.zeros(pairs, jnp.int32).at[order].set(jnp.arange(pairs, dtype=jnp.int32))
+    edges = jnp.searchsorted(flat[order], jnp.arange(experts + 1, dtype=jnp.int32))
+    edges = edges.astype(jnp.int32)
+    mean = pairs // experts
+    block = next(rows for least, rows in BLOCK_ROWS if mean >= least)
+    return _Sorted(
+        token=order // expert_ids.shape[1],
+        place=place.reshape(expert_ids.shape),
+        start=edges[:-1],
+        rows=edges[1:] - edges[:-1],
+        block=block,
+    )
+
+
+def _forward(
+    keep: bool,
+    x: jax.Array,
+    expert_ids: jax.Array,
+    weights: jax.Array,
+    w_gate: jax.Array,
+    w_up: jax.Array,
+    w_down: jax.Array,
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    """The output; with `keep` also the gate and up projections [N + block, F] of sorted pairs."""
+    experts, dim, hidden = w_gate.shape
+    dtype = accumulator(x.dtype)
+    pairs = _sort(expert_ids, experts)
+    rows = expert_ids.size + pairs.block
+    x_rows = _gather(x.astype(dtype), pairs)
+
+    def one_expert(e: jax.Array, carry: Any) -> Any:
+        gate_e, up_e, down_e = (_take(w, e, dtype) for w in (w_gate, w_up, w_down))
+
+        def one_block(b: jax.Array, carry: Any) -> Any:
+            y_rows, *kept = carry
+            at = pairs.start[e] + b * pairs.block
+            x_b = lax.dynamic_slice_in_dim(x_rows, at, pairs.block)
+            gate, up = x_b @ gate_e, x_b @ up_e
+            y = (jax.nn.silu(gate) * up) @ down_e
+            new = (y, gate, up) if keep else (y,)
+            return [_put(old, value, at) for old, value in zip((y_rows, *kept), new, strict=True)]
+
+        return lax.fori_loop(jnp.int32(0), _blocks(pairs, e), one_block, carry)
+
+    widths = (dim, hidden, hidden) if keep else (dim,)
+    carry = [jnp.zeros((rows, width), dtype) for width in widths]
+    y_rows, *kept = lax.fori_loop(jnp.int32(0), jnp.int32(experts), one_expert, carry)
+    return _combine(y_rows, pairs, expert_ids, weights, experts).astype(x.dtype), tuple(kept)
+
+
+def _experts_bwd(saved: Any, d_out: jax.Array) -> tuple[jax.Array | None, ...]:
+    (x, expert_ids, weights, w_gate, w_up, w_down), (gate_rows, up_rows) = saved
+    experts, dim, hidden = w_gate.shape
+    dtype = accumulator(x.dtype)
+    pairs = _sort(expert_ids, experts)
+    x_rows, d_rows = _gather(x.astype(dtype), pairs), _gather(d_out.astype(dtype), pairs)
+    share_rows = jnp.zeros(len(x_rows), dtype)
+    share_rows = share_rows.at[pairs.place.reshape(-1)].set(weights.astype(dtype).reshape(-1))
+
+    def one_expert(e: jax.Array, carry: Any) -> Any:
+        d_x_rows, d_share, d_gate, d_up, d_down = carry
+        gate_e, up_e, down_e = (_take(w, e, dtype) for w in (w_gate, w_up, w_down))
+
+        def one_block(b: jax.Array, carry: Any) -> Any:
+            d_x_rows, d_share, d_gate_e, d_up_e, d_down_e = carry
+            at = pairs.start[e] + b * pairs.block
+            row = b * pairs.block + jnp.arange(pairs.block, dtype=jnp.int32)
+            own = (row < pairs.rows[e])[:, None]  # the rest of the block is other experts'
+
+            def block(rows: jax.Array) -> jax.Array:
+                return lax.dynamic_slice_in_dim(rows, at, pairs.block)
+
+            x_b, d_y, gate, up = (block(r) for r in (x_rows, d_rows, gate_rows, up_rows))
+            share = jnp.where(own, block(share_rows)[:, None], 0)
+            sigmoid = jax.nn.sigmoid(gate)
+            swish = gate * sigmoid
+            h = swish * up
+            d_h = d_y @ down_e.T  # before the pair's weight
+            d_share = _put(d_share, (d_h * h).sum(axis=1), at)
+            d_h = d_h * share
+            d_g = d_h * up * (sigmoid + swish * (1 - sigmoid))
+            d_u = d_h * swish
+            d_x_rows = _put(d_x_rows, d_g @ gate_e.T + d_u @ up_e.T, at)
+            d_gate_e = d_gate_e + x_b.T @ d_g
+            d_up_e = d_up_e + x_b.T @ d_u
+            d_down_e = d_down_e + (h * share).T @ d_y
+            return d_x_rows, d_share, d_gate_e, d_up_e, d_down_e
+
+        zeros = (jnp.zeros((dim, hidden), dtype),) * 2 + (jnp.zeros((hidden, dim), dtype),)
+        d_x_rows, d_share, *d_w = lax.fori_loop(
+            0, _blocks(pairs, e), one_block, (d_x_rows, d_share, *zeros)
+        )
+        d_w = [
+            lax.dynamic_update_index_in_dim(old, new.astype(old.dtype), e, 0)
+            for old, new in zip((d_gate, d_up, d_down), d_w, strict=True)
+        ]
+        return d_x_rows, d_share, *d_w
+
+    carry = (
+        jnp.zeros_like(x_rows),
+        jnp.zeros_like(share_rows),
+        *(jnp.zeros_like(w) for w in (w_gate, w_up, w_down)),
+    )
+    d_x_rows, d_share, *d_w = lax.fori_loop(jnp.int32(0), jnp.int32(experts), one_expert, carry)
+    d_x = _combine(d_x_rows, pairs, expert_ids, jnp.ones_like(weights), experts)
+    d_weights = jnp.where(expert_ids < experts, d_share[pairs.place], 0)
+    return d_x.astype(x.dtype), None, d_weights.astype(weights.dtype), *d_w
+
+
+_experts.defvjp(_experts_fwd, _experts_bwd)
+
+
+def _few(
+    x: jax.Array,
+    expert_ids: jax.Array,
+    weights: jax.Array,
+    w_gate: jax.Array,
+    w_up: jax.Array,
+    w_down: jax.Array,
+) -> jax.Array:
+    """One pair after the other. An indexed weight fuses into a product with a vector: no copy."""
+    experts, choices = w_gate.shape[0], expert_ids.shape[1]
+    dtype = accumulator(x.dtype)
+    flat = expert_ids.reshape(-1)
+    order = jnp.argsort(flat, stable=True).astype(jnp.int32)  # those without an expert come last
+    inputs, shares = jnp.asarray(x, dtype), jnp.asarray(weights, dtype).reshape(-1)
+
+    def one_pair(i: jax.Array, out: jax.Array) -> jax.Array:
+        pair = order[i]
+        token, e = pair // choices, flat[pair]
+        x_t = inputs[token]
+        h = jax.nn.silu(x_t @ _take(w_gate, e, dtype)) * (x_t @ _take(w_up, e, dtype))
+        return out.at[token].add(shares[pair] * (h @ _take(w_down, e, dtype)))
+
+    used = (flat < experts).sum(dtype=jnp.int32)
+    out = lax.fori_loop(jnp.int32(0), used, one_pair, jnp.zeros(x.shape, dtype))
+    return out.astype(x.dtype)
+
+
+def _blocks(pairs: _Sorted, e: jax.Array) -> jax.Array:
+    return (pairs.rows[e] + pairs.block - 1) // pairs.block
+
+
+def _take(w: jax.Array, e: jax.Array, dtype: Any) -> jax.Array:
+    return lax.dynamic_index_in_dim(w, e, keepdims=False).astype(dtype)
+
+
+def _gather(x: jax.Array, pairs: _Sorted) -> jax.Array:
+    """[T, D] -> [N + block, D]: row of each sorted pair, then zeros for the last block."""
+    return jnp.pad(x[pairs.token], ((0, pairs.block), (0, 0)))
+
+
+def _put(rows: jax.Array, block: jax.Array, at: jax.Array) -> jax.Array:
+    return lax.dynamic_update_slice_in_dim(rows, block, at, 0)
+
+
+def _combine(
+    rows: jax.Array, pairs: _Sorted, expert_ids: jax.Array, weights: jax.Array, experts: int
+) -> jax.Array:
+    """[N + block, D] -> [T, D]: the weighted sum of each token's rows, in order of its choices."""
+    out = jnp.zeros((len(expert_ids), rows.shape[1]), rows.dtype)
+    for choice in range(expert_ids.shape[1]):
+        present = expert_ids[:, choice, None] < experts
+        share = weights[:, choice, None].astype(rows.dtype)
+        out = out + jnp.where(present, share * rows[pairs.place[:, choice]], 0)
+    return out

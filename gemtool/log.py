@@ -1,0 +1,155 @@
+"""Messages and progress on stderr; data never goes there, messages never go to stdout.
+
+`configure` is called once by the command line. Without it, warnings and errors are printed plainly.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import time
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+_LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40}
+
+
+@dataclass
+class _Settings:
+    threshold: int = 20
+    as_json: bool = False
+    color: bool = False
+    progress: bool = True
+
+
+_settings = _Settings()
+
+
+def configure(
+    *, quiet: bool = False, verbose: int = 0, as_json: bool = False, color: bool = True
+) -> None:
+    """Sets what is shown: `quiet` errors only, `verbose` more, `as_json` one object a line."""
+    _settings.threshold = 40 if quiet else 10 if verbose else 20
+    _settings.as_json = as_json
+    _settings.progress = not quiet
+    _settings.color = (
+        color
+        and not os.environ.get("NO_COLOR")
+        and os.environ.get("TERM") != "dumb"
+        and sys.stderr.isatty()
+    )
+
+
+def _emit(level: str, message: str, fields: dict[str, Any]) -> None:
+    if _LEVELS[level] < _settings.threshold:
+        return
+    if _settings.as_json:
+        record = {"time": round(time.time(), 3), "level": level, "message": message, **fields}
+        line = json.dumps(record, ensure_ascii=False, default=str)
+    else:
+        tail = "".join(f" {key}={value}" for key, value in fields.items())
+        prefix = "" if level == "info" else f"{level}: "
+        line = f"gemtool: {prefix}{message}{tail}"
+        if _settings.color and level in ("warning", "error"):
+            line = f"\x1b[{31 if level == 'error' else 33}m{line}\x1b[0m"
+    with contextlib.suppress(OSError):  # a closed stderr must not change the outcome of the work
+        print(line, file=sys.stderr, flush=True)
+
+
+def debug(message: str, **fields: Any) -> None:
+    _emit("debug", message, fields)
+
+
+def info(message: str, **fields: Any) -> None:
+    _emit("info", message, fields)
+
+
+def warning(message: str, **fields: Any) -> None:
+    _emit("warning", message, fields)
+
+
+def error(message: str, **fields: Any) -> None:
+    _emit("error", message, fields)
+
+
+def _human(seconds: float) -> str:
+    minutes, secs = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{secs:02}" if hours else f"{minutes}:{secs:02}"
+
+
+class progress:  # noqa: N801 (used as a function: `with progress(...) as bar`)
+    """Shows how far a long job is: a bar on a terminal, else a log line now and then.
+
+    Args:
+        what: what is being done, one or two words.
+        total: how many units there are, if known.
+        unit: name of what is counted, in the plural.
+        every: seconds between log lines where there is no terminal.
+    """
+
+    def __init__(
+        self, what: str, total: float | None = None, unit: str = "items", every: float = 30.0
+    ) -> None:
+        self.what, self.total, self.unit, self.every = what, total, unit, every
+        self.count = 0.0
+        self._rich: Any = None
+
+    def __enter__(self) -> progress:
+        self._started = self._last = time.monotonic()
+        if _settings.progress and not _settings.as_json and sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import (
+                BarColumn,
+                Progress,
+                SpinnerColumn,
+                TextColumn,
+                TimeElapsedColumn,
+                TimeRemainingColumn,
+            )
+
+            console = Console(stderr=True, no_color=not _settings.color)
+            self._rich = Progress(
+                SpinnerColumn(),
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TextColumn("{task.fields[note]}"),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                console=console,
+                transient=True,
+            )
+            self._task = self._rich.add_task(self.what, total=self.total, note="")
+            self._rich.start()
+        return self
+
+    def update(self, amount: float = 1, note: str = "") -> None:
+        """Counts `amount` more units; `note` replaces the text beside the rate."""
+        self.count += amount
+        now = time.monotonic()
+        if self._rich is not None:
+            text = f"{self._rate(now)} {note}".strip()
+            self._rich.update(self._task, completed=self.count, note=text)
+        elif _settings.progress and now - self._last >= self.every:
+            self._last = now
+            left = ""
+            if self.total and self.count:
+                remaining = (now - self._started) * (self.total / self.count - 1)
+                left = f" of {self.total:,.0f}, {_human(max(remaining, 0))} left"
+            info(f"{self.what}: {self.count:,.0f}{left}, {self._rate(now)} {note}".rstrip())
+
+    def _rate(self, now: float) -> str:
+        rate = self.count / max(now - self._started, 1e-9)
+        return f"{rate:,.0f} {self.unit}/s" if rate >= 10 else f"{rate:.2f} {self.unit}/s"
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._rich is not None:
+            self._rich.stop()

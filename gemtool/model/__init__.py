@@ -1,0 +1,1 @@
+"""The decoder: configuration, parameters and pure functions over arrays."""

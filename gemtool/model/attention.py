@@ -1,0 +1,216 @@
+"""One attention layer, in two forms that agree: whole packed sequences, and steps with a cache.
+
+For the normed hidden rows x of one document, and for each query head with its key/value head,
+
+    h_t  = sum_j conv_j * x_{t-j}                  depthwise causal convolution (``qk_conv`` taps)
+    q_t  = W_q h_t       k_t = W_k h_{t - key_shift}       v_t = W_v x_t
+    q, k = norm(q), norm(k), rotated by their position where the kind has ``rope_theta``
+    s_ti = temperature * <q_t, k_i>                for i <= t (and t - i < window)
+    y_t  = W_o sum_i softmax_i(s_t., sink) v_i
+
+With ``key_shift`` = 1 and W_q = W_k, the query after "...ABC" matches the key of whatever token
+followed an earlier "...ABC" and returns that token's value: recall in a single layer.
+
+A step over new rows needs little of the past: ``conv_tail`` rows of x, and the keys and values within
+reach. Windows cache keys *before* rotation and rotate relative to the step, since float32 angles of
+absolute positions lose their meaning at millions of tokens.
+
+Axes: B batch, T new positions, S keys, D model, H query heads, N key/value heads, K head dimension.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from gemtool.kernels.attention import flash_attention
+from gemtool.model.config import LayerKind, ModelConfig
+from gemtool.model.layers import rms_norm, rotary, round_to, unit_norm
+from gemtool.model.params import Tree
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LayerCache:
+    """What one layer keeps of the past.
+
+    ``k``, ``v``  [B, S, N, K] in the config's ``kv_dtype``. Full attention: S is the capacity, rows
+                  from the cache's length on are free. Window: S is the window, the last row newest.
+    ``tail``      float32 [B, conv_tail, D], the last normed hidden rows, newest last; zeros before
+                  the beginning.
+    """
+
+    k: jax.Array
+    v: jax.Array
+    tail: jax.Array
+
+
+def attend_packed(
+    p: Tree,
+    config: ModelConfig,
+    kind: LayerKind,
+    x: jax.Array,
+    positions: jax.Array,
+    segments: jax.Array,
+) -> jax.Array:
+    """Attention over whole packed sequences, never across segments.
+
+    ``x`` [B, T, D] normed; ``positions``, ``segments`` int32 [B, T] -> [B, T, D].
+    """
+    before = ((0, 0), (kind.conv_tail, 0))
+    rows = jnp.pad(x, (*before, (0, 0)))
+    q, k, v = _project(p, config, kind, rows, jnp.pad(segments, before, constant_values=-1))
+    if kind.rope_theta:
+        q = rotary(q, positions, kind.rope_theta)
+        k = rotary(k, positions, kind.rope_theta)
+    if kind.attention == "full":
+        k = round_to(k, config.kv_dtype)
+    out = flash_attention(
+        q,
+        k,
+        v,
+        scale=_scale(kind),
+        window=kind.window or None,
+        q_segments=segments,
+        kv_segments=segments,
+        sink=p.get("sink"),
+    )
+    return jnp.einsum("bthk,hkd->btd", out, p["o"])
+
+
+def attend_cached(
+    p: Tree,
+    config: ModelConfig,
+    kind: LayerKind,
+    x: jax.Array,
+    cache: LayerCache,
+    length: jax.Array,
+    valid: jax.Array,
+) -> tuple[jax.Array, LayerCache]:
+    """Attention of T new positions over the cache and themselves.
+
+    ``x`` [B, T, D] normed; ``length`` int32 [], positions already cached; ``valid`` int32 [], how many
+    of the T are real. Returns [B, T, D], of which rows from ``valid`` on mean nothing, and the cache
+    with the real rows added.
+    """
+    extend = _extend_window if kind.attention == "window" else _extend_full
+    q, k, v, attended, cache = extend(p, config, kind, x, cache, length, valid)
+    out = flash_attention(q, k, v, scale=_scale(kind), sink=p.get("sink"), **attended)
+    return jnp.einsum("bthk,hkd->btd", out, p["o"]), cache
+
+
+def write_keys(
+    p: Tree,
+    config: ModelConfig,
+    kind: LayerKind,
+    x: jax.Array,
+    cache: LayerCache,
+    length: jax.Array,
+    valid: jax.Array,
+) -> LayerCache:
+    """The cache that :func:`attend_cached` returns, without attending."""
+    extend = _extend_window if kind.attention == "window" else _extend_full
+    return extend(p, config, kind, x, cache, length, valid)[-1]
+
+
+def _extend_full(p, config, kind, x, cache, length, valid):  # type: ignore[no-untyped-def]
+    """New keys and values into the free rows of the buffer; queries see all rows before them.
+
+    Rows beyond ``valid`` are written too (a fixed shape costs nothing) and overwritten by the next
+    step; causality hides them until then.
+    """
+    rows = jnp.concatenate([cache.tail, x], axis=1)
+    q, k, v = _project(p, config, kind, rows)
+    if kind.rope_theta:
+        positions = (length + jnp.arange(x.shape[1], dtype=jnp.int32))[None, :]
+        q = rotary(q, positions, kind.rope_theta)
+        k = rotary(k, positions, kind.rope_theta)
+    k = round_to(k, config.kv_dtype).astype(cache.k.dtype)
+    v = v.astype(cache.v.dtype)
+    cache = LayerCache(
+        k=jax.lax.dynamic_update_slice_in_dim(cache.k, k, length, axis=1),
+        v=jax.lax.dynamic_update_slice_in_dim(cache.v, v, length, axis=1),
+        tail=jax.lax.dynamic_slice_in_dim(rows, valid, kind.conv_tail, axis=1),
+    )
+    attended = {"q_start": length, "kv_length": length + x.shape[1]}
+    return q, cache.k, cache.v, attended, cache
+
+
+def _extend_window(p, config, kind, x, cache, length, valid):  # type: ignore[no-untyped-def]
+    """Keys and values of the window followed by the new ones; positions are relative to the step."""
+    steps, window = x.shape[1], kind.window
+    rows = jnp.concatenate([cache.tail, x], axis=1)
+    q, k, v = _project(p, config, kind, rows)
+    k = jnp.concatenate([cache.k, k.astype(cache.k.dtype)], axis=1)
+    v = jnp.concatenate([cache.v, v.astype(cache.v.dtype)], axis=1)
+    cache = LayerCache(
+        k=jax.lax.dynamic_slice_in_dim(k, valid, window, axis=1),
+        v=jax.lax.dynamic_slice_in_dim(v, valid, window, axis=1),
+        tail=jax.lax.dynamic_slice_in_dim(rows, valid, kind.conv_tail, axis=1),
+    )
+    k, v = k.astype(q.dtype), v.astype(q.dtype)
+    relative = jnp.arange(window + steps, dtype=jnp.int32)[None, :]
+    if kind.rope_theta:
+        q = rotary(q, relative[:, window:], kind.rope_theta)
+        k = rotary(k, relative, kind.rope_theta)
+    # Near the beginning, the oldest rows of the window do not exist yet.
+    exists = jnp.where(relative + length >= window, 1, 0).astype(jnp.int32)
+    exists = jnp.broadcast_to(exists, (x.shape[0], window + steps))
+    attended = {
+        "window": window,
+        "q_start": window,
+        "q_segments": jnp.ones((x.shape[0], steps), jnp.int32),
+        "kv_segments": exists,
+    }
+    return q, k, v, attended, cache
+
+
+def _project(
+    p: Tree, config: ModelConfig, kind: LayerKind, rows: jax.Array, segments: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Queries [B, T, H, K], keys and values [B, T, N, K] of the last T of ``rows``, unrotated.
+
+    ``rows`` [B, conv_tail + T, D] begin with the rows that convolution and shift look back to;
+    ``segments`` int32 [B, conv_tail + T] keep them from looking into another document. Values, and
+    keys that are cached unrotated, come rounded for the cache.
+    """
+    steps = rows.shape[1] - kind.conv_tail
+    mixed = _convolve(p["conv"], rows, segments) if kind.qk_conv > 1 else rows
+    for_q, for_k = mixed[:, kind.key_shift :], mixed[:, :steps]
+    if kind.key_shift and segments is not None:
+        same = segments[:, -steps - 1 : -1] == segments[:, -steps:]
+        for_k = jnp.where(same[:, :, None], for_k, 0.0)
+    q = jnp.einsum("btd,dhk->bthk", for_q, p["q"])
+    k = jnp.einsum("btd,dnk->btnk", for_k, p["k"])
+    v = jnp.einsum("btd,dnk->btnk", rows[:, kind.conv_tail :], p["v"])
+    if kind.qk_norm == "unit":
+        q, k = unit_norm(q), unit_norm(k)
+        q = jnp.einsum("bthk,h->bthk", q, jnp.exp(p["log_temperature"]))
+    elif kind.qk_norm == "rms":
+        q = rms_norm(q, p["q_norm"], config.norm_eps)
+        k = rms_norm(k, p["k_norm"], config.norm_eps)
+    if kind.attention == "window":
+        k = round_to(k, config.kv_dtype)
+    return q, k, round_to(v, config.kv_dtype)
+
+
+def _scale(kind: LayerKind) -> float:
+    """What scores are multiplied by beside a temperature."""
+    return 1.0 if kind.qk_norm == "unit" else kind.head_dim**-0.5
+
+
+def _convolve(taps: jax.Array, rows: jax.Array, segments: jax.Array | None) -> jax.Array:
+    """Depthwise causal convolution: taps [C, D], taps[0] on the current row; [B, C-1+M, D] -> [B, M, D]."""
+    width = taps.shape[0]
+    count = rows.shape[1] - width + 1
+    total = jnp.zeros_like(rows[:, :count])
+    for j in range(width):
+        back = slice(width - 1 - j, width - 1 - j + count)
+        term = jnp.einsum("bmd,d->bmd", rows[:, back], taps[j])
+        if segments is not None and j > 0:
+            same = segments[:, back] == segments[:, width - 1 :]
+            term = jnp.where(same[:, :, None], term, 0.0)
+        total = total + term
+    return total

@@ -1,0 +1,279 @@
+"""The parameters of a model: one table gives shapes, dtypes, logical axes and initial values.
+
+:func:`param_specs` is the only place that says what a model's weights are. Initialisation, abstract
+shapes, counts, the golden text of the tests and (later) shardings are all read off it. A tree is a
+nested dict; a leaf's path reads ``layers/0/attention/q``.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gemtool.model.config import EncoderConfig, LayerKind, ModelConfig
+
+Tree = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class ParamSpec:
+    """One array of a model.
+
+    ``axes`` names each dimension by its meaning ("embed", "heads", ...), so that a mesh may map
+    meanings to devices. ``init`` is one of
+
+    - "normal": independent normal values of deviation ``scale``;
+    - "constant": ``scale`` everywhere;
+    - "identity": convolution taps [C, D] that pass the current token through, ``scale`` elsewhere 0;
+    - "repeat": the sibling parameter ``source``, each slice along axis 1 repeated to fill this shape.
+    """
+
+    shape: tuple[int, ...]
+    axes: tuple[str | None, ...]
+    init: str = "normal"
+    scale: float = 0.0
+    source: str = ""
+    dtype: str = "float32"
+
+    @property
+    def size(self) -> int:
+        """Number of values."""
+        return math.prod(self.shape)
+
+
+def param_specs(config: ModelConfig) -> Tree:
+    """The nested table of :class:`ParamSpec`, in the structure of the parameters."""
+    d = config.d_model
+    tree: Tree = {
+        "embedding": ParamSpec((config.vocab_size, d), ("vocab", "embed"), scale=d**-0.5),
+        "layers": {},
+        "norm": _norm(d),
+    }
+    if not config.tie_embeddings:
+        tree["unembedding"] = ParamSpec((config.vocab_size, d), ("vocab", "embed"), scale=d**-0.5)
+    for index, kind in enumerate(config.layer_kinds):
+        layer: Tree = {
+            "attention_norm": _norm(d),
+            "attention": _attention(config, kind),
+            "mlp_norm": _norm(d),
+        }
+        if config.is_moe(index):
+            layer["moe"] = _moe(config)
+        else:
+            layer["mlp"] = _swiglu(config, config.d_ff, "mlp")
+        tree["layers"][str(index)] = layer
+    if config.encoders:
+        tree["encoders"] = {e.kind: _encoder(config, e) for e in config.encoders}
+    return tree
+
+
+def _norm(width: int, axis: str = "embed") -> ParamSpec:
+    return ParamSpec((width,), (axis,), "constant", 1.0)
+
+
+def _out_scale(config: ModelConfig, fan_in: int) -> float:
+    """Deviation of a matrix that writes to the residual stream: smaller in deep models, as in GPT-2."""
+    return (2 * len(config.layers) * fan_in) ** -0.5
+
+
+def _attention(config: ModelConfig, kind: LayerKind) -> Tree:
+    d, heads, kv_heads, head_dim = config.d_model, kind.heads, kind.kv_heads, kind.head_dim
+    kv = ParamSpec((d, kv_heads, head_dim), ("embed", "kv_heads", "head_dim"), scale=d**-0.5)
+    query_shape, query_axes = (d, heads, head_dim), ("embed", "heads", "head_dim")
+    tree: Tree = {
+        "q": ParamSpec(query_shape, query_axes, "repeat", source="k")
+        if kind.tie_qk_init
+        else ParamSpec(query_shape, query_axes, scale=d**-0.5),
+        "k": kv,
+        "v": kv,
+        "o": ParamSpec(
+            (heads, head_dim, d),
+            ("heads", "head_dim", "embed"),
+            scale=_out_scale(config, heads * head_dim),
+        ),
+    }
+    if kind.qk_conv > 1:
+        shape, axes = (kind.qk_conv, d), ("taps", "embed")
+        tree["conv"] = (
+            ParamSpec(shape, axes, "identity", 1.0)
+            if kind.conv_init == "identity"
+            else ParamSpec(shape, axes, scale=kind.qk_conv**-0.5)
+        )
+    if kind.qk_norm == "unit":
+        # Adam moves a parameter by about the learning rate a step: a logarithm moves by percents.
+        tree["log_temperature"] = ParamSpec(
+            (heads,), ("heads",), "constant", math.log(kind.temperature)
+        )
+    if kind.qk_norm == "rms":
+        tree["q_norm"] = _norm(head_dim, "head_dim")
+        tree["k_norm"] = _norm(head_dim, "head_dim")
+    if kind.sink:
+        tree["sink"] = ParamSpec((heads,), ("heads",), "constant", 0.0)
+    return tree
+
+
+def _swiglu(config: ModelConfig, width: int, axis: str) -> Tree:
+    d = config.d_model
+    return {
+        "gate": ParamSpec((d, width), ("embed", axis), scale=d**-0.5),
+        "up": ParamSpec((d, width), ("embed", axis), scale=d**-0.5),
+        "down": ParamSpec((width, d), (axis, "embed"), scale=_out_scale(config, width)),
+    }
+
+
+def _moe(config: ModelConfig) -> Tree:
+    assert config.moe is not None
+    moe, d = config.moe, config.d_model
+    e, f = moe.experts, moe.d_expert
+    tree: Tree = {
+        "router": ParamSpec((d, e), ("embed", "expert"), scale=d**-0.5),
+        "gate": ParamSpec((e, d, f), ("expert", "embed", "expert_mlp"), scale=d**-0.5),
+        "up": ParamSpec((e, d, f), ("expert", "embed", "expert_mlp"), scale=d**-0.5),
+        "down": ParamSpec(
+            (e, f, d), ("expert", "expert_mlp", "embed"), scale=_out_scale(config, f)
+        ),
+    }
+    if moe.balance == "bias":
+        tree["bias"] = ParamSpec((e,), ("expert",), "constant", 0.0)
+    if moe.shared_experts:
+        tree["shared"] = _swiglu(config, moe.shared_experts * f, "mlp")
+    return tree
+
+
+def _encoder(config: ModelConfig, encoder: EncoderConfig) -> Tree:
+    d, hidden = config.d_model, encoder.hidden
+    # What is seen and where start half as large as a token embedding each: together about as large.
+    deviation = config.embedding_scale * d**-0.5 / 2
+    tree: Tree = {
+        "in": ParamSpec(
+            (encoder.features, hidden), ("features", "mlp"), scale=encoder.features**-0.5
+        ),
+        "in_bias": ParamSpec((hidden,), ("mlp",), "constant", 0.0),
+        "out": ParamSpec((hidden, d), ("mlp", "embed"), scale=2 * deviation * hidden**-0.5),
+    }
+    if encoder.kind == "visual":
+        tree["row"] = ParamSpec((encoder.side, d), (None, "embed"), scale=deviation)
+        tree["column"] = ParamSpec((encoder.side, d), (None, "embed"), scale=deviation)
+    else:
+        tree["position"] = ParamSpec((encoder.tokens, d), (None, "embed"), scale=deviation)
+    tree["blocks"] = {
+        str(i): {
+            "norm": _norm(d),
+            "in": ParamSpec((d, hidden), ("embed", "mlp"), scale=d**-0.5),
+            "out": ParamSpec((hidden, d), ("mlp", "embed"), scale=deviation * hidden**-0.5),
+        }
+        for i in range(encoder.depth)
+    }
+    return tree
+
+
+# --- what is read off the table -------------------------------------------------------------------
+
+
+def flatten(tree: Tree) -> dict[str, Any]:
+    """A nested dict as one dict with paths for keys, sorted: ``{"layers/0/attention/q": leaf}``."""
+    return dict(sorted(_leaves(tree, "")))
+
+
+def _leaves(tree: Tree, prefix: str) -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}/")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def unflatten(flat: dict[str, Any]) -> Tree:
+    """The nested dict of :func:`flatten`."""
+    tree: Tree = {}
+    for path, leaf in flat.items():
+        *parents, name = path.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = leaf
+    return tree
+
+
+def _map_specs(config: ModelConfig, build: Callable[[str, ParamSpec], Any]) -> Tree:
+    specs = flatten(param_specs(config))
+    return unflatten({path: build(path, spec) for path, spec in specs.items()})
+
+
+def abstract_params(config: ModelConfig) -> Tree:
+    """Shapes and dtypes (``jax.ShapeDtypeStruct``) of the parameters; nothing is allocated."""
+    return _map_specs(config, lambda _, s: jax.ShapeDtypeStruct(s.shape, jnp.dtype(s.dtype)))
+
+
+def init_params(config: ModelConfig, key: jax.Array) -> Tree:
+    """Fresh parameters. An array depends on ``key`` and its own path only, so that adding a layer
+    leaves the others as they were.
+
+    Values are drawn by NumPy on the host: the same on every device, and nothing is compiled (one
+    program for each of forty shapes takes XLA longer than the first training steps). So ``key`` must be
+    concrete: call this outside ``jit``.
+    """
+    specs = flatten(param_specs(config))
+    seed = np.asarray(jax.random.key_data(key)).tolist()
+
+    def build(path: str, spec: ParamSpec) -> np.ndarray:
+        match spec.init:
+            case "constant":
+                value = np.full(spec.shape, spec.scale)
+            case "identity":
+                value = np.zeros(spec.shape)
+                value[0] = spec.scale
+            case "repeat":
+                source = path.rpartition("/")[0] + "/" + spec.source
+                value = build(source, specs[source])
+                value = np.repeat(value, spec.shape[1] // value.shape[1], axis=1)
+            case _:
+                own = np.random.Generator(np.random.Philox([*seed, zlib.crc32(path.encode())]))
+                value = own.standard_normal(spec.shape, np.float32) * np.float32(spec.scale)
+        return value.astype(spec.dtype)
+
+    return _map_specs(config, lambda path, spec: jnp.asarray(build(path, spec)))
+
+
+def count_params(config: ModelConfig) -> tuple[int, int]:
+    """Number of parameters in all, and those that one token runs through.
+
+    Of the experts only the chosen ``top_k`` are active; the embedding and the encoders count whole.
+    """
+    total = active = 0
+    for path, spec in flatten(param_specs(config)).items():
+        total += spec.size
+        if config.moe is not None and spec.axes[0] == "expert" and not path.endswith("/bias"):
+            active += spec.size * config.moe.top_k // config.moe.experts
+        else:
+            active += spec.size
+    return total, active
+
+
+def describe(config: ModelConfig) -> str:
+    """The parameters as text, one a line: path, shape, dtype, logical axes, initial values."""
+    rows = []
+    for path, spec in flatten(param_specs(config)).items():
+        shape = "x".join(map(str, spec.shape))
+        axes = ",".join(axis or "-" for axis in spec.axes)
+        init = f"repeat {spec.source}" if spec.init == "repeat" else f"{spec.init} {spec.scale:.4g}"
+        rows.append((path, shape, spec.dtype, axes, init))
+    widths = [max(len(row[i]) for row in rows) for i in range(5)]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+    total, active = count_params(config)
+    return "\n".join([*lines, f"total {total:,}  active per token {active:,}", ""])
+
+
+def is_balance_bias(path: str) -> bool:
+    """Whether a path names a router's balance bias: moved by load (see moe.py), never by gradient."""
+    return path.endswith("/moe/bias")

@@ -1,0 +1,54 @@
+"""How this process runs JAX: strict numerics, and compiled programs kept for the next one."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+from gemtool import log
+
+
+def setup_jax() -> None:
+    """Configures JAX; every verb that computes calls this before its first JAX operation.
+
+    Types never widen silently and ranks never broadcast silently. Compiled programs are kept in
+    `cache_folder()`, so that a verb called a second time starts at once. Platforms are left to
+    JAX_PLATFORMS.
+    """
+    import jax
+
+    jax.config.update("jax_numpy_dtype_promotion", "strict")
+    jax.config.update("jax_numpy_rank_promotion", "raise")
+    # JAX and orbax tell through logging what is of no use to the user of a command.
+    for name in ("jax", "absl"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    folder = cache_folder()
+    if folder is None:
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as problem:
+        log.debug(f"{folder}: compiled programs are not kept: {problem.strerror}")
+        return
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+
+def cache_folder() -> Path | None:
+    """Where compiled programs are kept, or None.
+
+    `$GEMTOOL_CACHE/xla` if that is set ("off": nowhere), else `$XDG_CACHE_HOME/gemtool/xla`, else
+    `~/.cache/gemtool/xla`. It may be deleted at any time.
+    """
+    own = os.environ.get("GEMTOOL_CACHE")
+    if own == "off":
+        return None
+    if own:
+        return Path(own) / "xla"
+    shared = os.environ.get("XDG_CACHE_HOME")
+    try:
+        return (Path(shared) if shared else Path.home() / ".cache") / "gemtool" / "xla"
+    except RuntimeError:  # no home directory, as under some daemons
+        return None

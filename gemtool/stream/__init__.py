@@ -1,0 +1,1 @@
+"""What flows on a pipe: span streams, context streams, JSONL."""

@@ -1,0 +1,261 @@
+"""Arrow IPC streams that notice damage.
+
+Arrow itself has no checksums, and reads a stream that was cut between two batches as a clean end.
+So a gemtool stream has, inside what any Arrow reader understands:
+
+* in the schema's metadata, a JSON header (`gemtool`) and its CRC-32 (`gemtool.crc32`);
+* in each batch's custom metadata, the CRC-32 of the batch (`crc32`);
+* as last batch, one without rows whose custom metadata is the footer (`gemtool.footer`, JSON):
+  counts and a running checksum. A stream without it is truncated.
+
+Streams may be concatenated (`cat a b`): readers go on until the real end of the file.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Iterator
+from typing import Any, BinaryIO
+
+import pyarrow as pa
+
+from gemtool.errors import CorruptInput, GemtoolError
+
+ARROW_MAGIC = b"\xff\xff\xff\xff"
+"""First bytes of an Arrow IPC stream (its continuation marker)."""
+
+_READ_STEP = 64 << 20
+
+
+class Source:
+    """A binary input that counts its bytes and knows its end.
+
+    Pipes give short reads, and a damaged length must not allocate what it claims: `read` loops in
+    bounded steps.
+    """
+
+    closed = False
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._ahead = b""
+        self.position = 0
+
+    def read(self, size: int | None = -1) -> bytes:
+        if size is None or size < 0:
+            data = self._ahead + self._file.read()
+            self._ahead = b""
+            self.position += len(data)
+            return data
+        pieces = [self._ahead[:size]] if self._ahead else []
+        self._ahead = self._ahead[size:]
+        missing = size - sum(map(len, pieces))
+        while missing > 0:
+            piece = self._file.read(min(missing, _READ_STEP))
+            if not piece:
+                break
+            pieces.append(piece)
+            missing -= len(piece)
+        data = pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        self.position += len(data)
+        return data
+
+    def readline(self) -> bytes:
+        """One line with its end; empty at the end of the input."""
+        head, self._ahead = self._ahead, b""
+        if b"\n" in head:
+            line, self._ahead = head[: head.index(b"\n") + 1], head[head.index(b"\n") + 1 :]
+        else:
+            line = head + self._file.readline()
+        self.position += len(line)
+        return line
+
+    def peek(self, size: int) -> bytes:
+        """The next `size` bytes (fewer at the end), without consuming them."""
+        while len(self._ahead) < size:
+            piece = self._file.read(size - len(self._ahead))
+            if not piece:
+                break
+            self._ahead += piece
+        return self._ahead[:size]
+
+    def at_end(self) -> bool:
+        return not self.peek(1)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return False
+
+    def writable(self) -> bool:
+        return False
+
+    def close(self) -> None:
+        """Closing belongs to whoever opened the file."""
+
+
+def stream_kind(source: Source) -> str | None:
+    """What the Arrow stream ahead calls itself ("spans", "context"), without consuming it.
+
+    None if no header can be read: the reader of the kind that is wanted says what is wrong.
+    """
+    start = source.peek(8)
+    if len(start) < 8 or start[:4] != ARROW_MAGIC:
+        return None
+    size = int.from_bytes(start[4:], "little")
+    if size > _READ_STEP:
+        return None
+    try:
+        schema = pa.ipc.read_schema(pa.py_buffer(source.peek(8 + size)))
+        kind = json.loads((schema.metadata or {})[b"gemtool"])["stream"]
+    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError):
+        return None
+    return kind if isinstance(kind, str) else None
+
+
+def _dumps(value: dict[str, Any]) -> bytes:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def batch_crc32(batch: pa.RecordBatch) -> int:
+    """CRC-32 of a batch as Arrow lays it out; the same before writing and after reading."""
+    return zlib.crc32(batch.serialize())
+
+
+def chain_crc32(running: int, crc: int) -> int:
+    """The checksum of a sequence of checksums."""
+    return zlib.crc32(crc.to_bytes(4, "big"), running)
+
+
+class CheckedWriter:
+    """Writes one checked stream. Without `close` it has no footer, so it counts as truncated."""
+
+    def __init__(self, sink: BinaryIO, schema: pa.Schema, header: dict[str, Any]) -> None:
+        self._sink = sink
+        encoded = _dumps(header)
+        metadata = {"gemtool": encoded, "gemtool.crc32": str(zlib.crc32(encoded))}
+        self._schema = schema.with_metadata(metadata)
+        self._writer = pa.ipc.new_stream(sink, self._schema)
+        self._crc = 0
+        self._batches = 0
+        self._rows = 0
+
+    def write(self, batch: pa.RecordBatch) -> None:
+        crc = batch_crc32(batch)
+        self._writer.write_batch(batch, custom_metadata={"crc32": str(crc)})
+        self._crc = chain_crc32(self._crc, crc)
+        self._batches += 1
+        self._rows += batch.num_rows
+
+    def close(self, footer: dict[str, Any]) -> dict[str, Any]:
+        """Writes the footer (`footer` and the counts) and the end of the stream; returns it."""
+        whole = {**footer, "batches": self._batches, "rows": self._rows, "crc32": self._crc}
+        encoded = _dumps(whole)
+        empty = pa.RecordBatch.from_pylist([], schema=self._schema)
+        self._writer.write_batch(
+            empty,
+            custom_metadata={"gemtool.footer": encoded, "crc32": str(zlib.crc32(encoded))},
+        )
+        self._writer.close()
+        return whole
+
+
+class CheckedReader:
+    """Reads one checked stream from `source`, which is left at the byte behind it.
+
+    Attributes:
+        header: the JSON header, checked.
+        footer: the JSON footer; empty until `batches` is exhausted.
+
+    Raises:
+        CorruptInput: damaged, truncated, or not a gemtool stream.
+        GemtoolError: of another kind (`stream`) or of a newer version than this reader knows.
+    """
+
+    def __init__(self, source: Source, name: str, *, stream: str, version: int) -> None:
+        self._source, self._name = source, name
+        self.footer: dict[str, Any] = {}
+        if source.at_end():
+            raise CorruptInput(f"{name}: empty input; expected a {stream} stream")
+        try:
+            self._reader = pa.ipc.open_stream(source)
+            metadata = self._reader.schema.metadata or {}
+        except (pa.ArrowException, OSError, ValueError, MemoryError) as problem:
+            raise self._damaged(f"no readable stream header ({_short(problem)})") from None
+        if b"gemtool" not in metadata:
+            raise CorruptInput(f"{name}: an Arrow stream, but not one of gemtool's")
+        encoded = metadata[b"gemtool"]
+        if str(zlib.crc32(encoded)).encode() != metadata.get(b"gemtool.crc32"):
+            raise self._damaged("the header does not match its checksum")
+        self.header: dict[str, Any] = json.loads(encoded)
+        check_kind(self.header, name, stream, version)
+        self.schema: pa.Schema = self._reader.schema.remove_metadata()
+
+    def batches(self) -> Iterator[pa.RecordBatch]:
+        """The batches, each verified before it is given; ends after a footer that agrees."""
+        running, count, rows = 0, 0, 0
+        while True:
+            where = f"record batch {count}"
+            try:
+                batch, metadata = self._reader.read_next_batch_with_custom_metadata()
+                batch.validate()
+            except StopIteration:
+                raise self._damaged(
+                    f"truncated: the stream ends after record batch {count - 1} without its footer"
+                    if count
+                    else "truncated: the stream ends without its footer"
+                ) from None
+            except (pa.ArrowException, OSError, ValueError, MemoryError, IndexError) as problem:
+                raise self._damaged(f"{where} cannot be read ({_short(problem)})") from None
+            fields = dict(metadata) if metadata is not None else {}
+            crc = fields.get(b"crc32", b"")
+            encoded = fields.get(b"gemtool.footer")
+            if encoded is not None:
+                if str(zlib.crc32(encoded)).encode() != crc:
+                    raise self._damaged("the footer does not match its checksum")
+                footer = json.loads(encoded)
+                found = {"batches": count, "rows": rows, "crc32": running}
+                for key, value in found.items():
+                    if footer.get(key) != value:
+                        raise self._damaged(
+                            f"the footer says {key} is {footer.get(key)}, the stream has {value}"
+                        )
+                self.footer = footer
+                self._skip_end_marker()
+                return
+            found_crc = batch_crc32(batch)
+            if str(found_crc).encode() != crc:
+                raise self._damaged(f"{where} does not match its checksum")
+            running, count, rows = chain_crc32(running, found_crc), count + 1, rows + batch.num_rows
+            yield batch
+
+    def _skip_end_marker(self) -> None:
+        try:
+            self._reader.read_next_batch()
+        except StopIteration:
+            return
+        except (pa.ArrowException, OSError, ValueError) as problem:
+            raise self._damaged(f"no end marker after the footer ({_short(problem)})") from None
+        raise self._damaged("a record batch follows the footer")
+
+    def _damaged(self, what: str) -> CorruptInput:
+        return CorruptInput(f"{self._name}: near byte {self._source.position:,}: {what}")
+
+
+def check_kind(header: dict[str, Any], name: str, stream: str, version: int) -> None:
+    """Refuses a header of another kind of stream or of a newer version."""
+    if header.get("stream") != stream:
+        raise GemtoolError(
+            f"{name}: a {header.get('stream')} stream where a {stream} stream is needed"
+        )
+    if not isinstance(header.get("version"), int) or header["version"] > version:
+        raise GemtoolError(
+            f"{name}: {stream} stream version {header.get('version')}; this gemtool reads up to "
+            f"{version}, please upgrade it"
+        )
+
+
+def _short(problem: BaseException) -> str:
+    return (str(problem).splitlines() or [type(problem).__name__])[0][:120]

@@ -1,0 +1,408 @@
+"""The context stream: what a model keeps of a document, as a file (prefill writes, decode reads).
+
+A checked Arrow IPC stream (`gemtool.stream.checked`); several documents are several streams, one
+after the other. The header says which model, vocabulary and layout the arrays belong to. A record
+batch is one *part*, a row one array:
+
+* ``block``: a range of at most 4,096 tokens: their ids, and the rows that the full-attention
+  layers keep of them for good (keys and values);
+* ``state``: what the next position needs besides the blocks (windows, convolution tails), after
+  every 16th block, so that an interrupted prefill could go on there, and at the end;
+* ``end``: the scores of the next token after the last one.
+
+The footer has the length, the tokens of each kind and hashes of tokens and media. The id of a
+context is the SHA-256 of its footer. Anything that reads Arrow reads this: ``data`` holds ``shape``
+values of ``dtype``, C order, little endian.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import mmap
+import os
+import stat
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+import numpy as np
+import pyarrow as pa
+
+from gemtool.errors import CorruptInput, GemtoolError
+from gemtool.stream.checked import ARROW_MAGIC, CheckedReader, CheckedWriter, Source
+from gemtool.stream.files import display_name, open_input
+
+VERSION = 1
+BLOCK = 4096
+"""Tokens in a block."""
+STATE_EVERY = 16 * BLOCK
+"""Tokens between states."""
+
+CONTEXT_SCHEMA = pa.schema(
+    [
+        pa.field("part", pa.string(), nullable=False),
+        pa.field("start", pa.int64(), nullable=False),
+        pa.field("stop", pa.int64(), nullable=False),
+        pa.field("layer", pa.int32()),
+        pa.field("name", pa.string(), nullable=False),
+        pa.field("shape", pa.list_(pa.int64()), nullable=False),
+        pa.field("dtype", pa.string(), nullable=False),
+        pa.field("data", pa.large_binary(), nullable=False),
+    ]
+)
+
+_DTYPES = ("float16", "float32", "int32", "int64", "uint8")
+
+
+@dataclass(frozen=True)
+class ContextHeader:
+    """What is known of a context before its first token."""
+
+    doc: str
+    """Id of the document."""
+    model: str
+    """Fingerprint of the checkpoint."""
+    vocab: Mapping[str, Any]
+    """`fingerprint` and `size` of the vocabulary."""
+    layout: tuple[Mapping[str, Any], ...]
+    """One table a layer: how it attends and the shapes of what it keeps."""
+    kv_dtype: str
+    """Of keys and values."""
+    block: int = BLOCK
+    parent: str | None = None
+    """Id of the context that this one continues."""
+    pg: tuple[Mapping[str, Any], ...] = ()
+    """Provenance: one entry a program, oldest first."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "stream": "context",
+            "version": VERSION,
+            "doc": self.doc,
+            "model": self.model,
+            "vocab": dict(self.vocab),
+            "layout": [dict(layer) for layer in self.layout],
+            "kv_dtype": self.kv_dtype,
+            "block": self.block,
+            "parent": self.parent,
+            "pg": [dict(entry) for entry in self.pg],
+        }
+
+    @classmethod
+    def from_dict(cls, value: Mapping[str, Any]) -> ContextHeader:
+        return cls(
+            doc=value["doc"],
+            model=value["model"],
+            vocab=value["vocab"],
+            layout=tuple(value["layout"]),
+            kv_dtype=value["kv_dtype"],
+            block=value["block"],
+            parent=value.get("parent"),
+            pg=tuple(value.get("pg", ())),
+        )
+
+
+def require_match(found: ContextHeader, wanted: ContextHeader, name: str) -> None:
+    """Refuses a context that was not made by this model.
+
+    Args:
+        found: the header of the context.
+        wanted: the header that the model would write (its `doc`, `parent` and `pg` do not matter).
+        name: what messages call the context.
+
+    Raises:
+        GemtoolError: naming what differs: model, vocabulary, layout, precision or block size.
+    """
+    pairs = (
+        ("model", found.model, wanted.model),
+        ("vocabulary", found.vocab.get("fingerprint"), wanted.vocab.get("fingerprint")),
+        ("layout", _layout_text(found), _layout_text(wanted)),
+        ("key and value type", found.kv_dtype, wanted.kv_dtype),
+        ("block size", found.block, wanted.block),
+    )
+    differing = [f"its {what} is {a}, the checkpoint's {b}" for what, a, b in pairs if a != b]
+    if differing:
+        raise GemtoolError(
+            f"{name}: this context belongs to another model: {'; '.join(differing)}; decode with "
+            "the checkpoint that made it, or prefill the document again"
+        )
+
+
+def _layout_text(header: ContextHeader) -> str:
+    """The layout in a few words: '4 layers (window window full window), 3f2a91c4'."""
+    encoded = json.dumps([dict(layer) for layer in header.layout], sort_keys=True)
+    digest = hashlib.sha256(encoded.encode()).hexdigest()[:8]
+    kinds = " ".join(str(layer.get("attention", "?")) for layer in header.layout)
+    return f"{len(header.layout)} layers ({kinds}), {digest}"
+
+
+@dataclass(frozen=True)
+class Part:
+    """One record batch of a context."""
+
+    part: str
+    """"block", "state" or "end"."""
+    start: int
+    """First token that the arrays are about; of a state, the number of tokens before it."""
+    stop: int
+    """Token behind the last."""
+    arrays: Mapping[str, np.ndarray]
+    """By path: "tokens", "logits", "layers/2/k"."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One array of a context, as it stands in the stream."""
+
+    part: str
+    start: int
+    stop: int
+    layer: int | None
+    """None: of no layer."""
+    name: str
+    data: np.ndarray
+
+    def describe(self) -> dict[str, Any]:
+        """Everything but the values."""
+        return {
+            "part": self.part,
+            "start": self.start,
+            "stop": self.stop,
+            "layer": self.layer,
+            "name": self.name,
+            "shape": list(self.data.shape),
+            "dtype": self.data.dtype.name,
+        }
+
+
+def context_id(footer: Mapping[str, Any]) -> str:
+    """The id of a context: the SHA-256 of its footer, as it stands in the stream."""
+    encoded = json.dumps(footer, ensure_ascii=False, separators=(",", ":")).encode()
+    return hashlib.sha256(encoded).hexdigest()
+
+
+class ContextWriter:
+    """Writes one context. Without `close`, what was written has no footer and is truncated."""
+
+    def __init__(self, sink: BinaryIO, header: ContextHeader) -> None:
+        self.header = header
+        self.length = 0
+        self._writer = CheckedWriter(sink, CONTEXT_SCHEMA, header.to_dict())
+        self._tokens = hashlib.sha256()
+
+    def block(self, tokens: np.ndarray, arrays: Mapping[str, np.ndarray]) -> None:
+        """Appends the next tokens, int32 [n], and what layers keep of them, each [1, n, ...]."""
+        start, stop = self.length, self.length + len(tokens)
+        tokens = np.ascontiguousarray(tokens, "<i4")
+        self._tokens.update(tokens.tobytes())
+        self._write(Part("block", start, stop, {"tokens": tokens, **arrays}))
+        self.length = stop
+
+    def state(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Appends what the next position needs besides the blocks so far."""
+        self._write(Part("state", self.length, self.length, arrays))
+
+    def end(self, logits: np.ndarray) -> None:
+        """Appends the scores float32 [V] of the token after the last."""
+        self._write(Part("end", self.length, self.length, {"logits": logits}))
+
+    def close(self, kinds: Mapping[str, int], media: Mapping[str, str]) -> dict[str, Any]:
+        """Writes the footer and returns it.
+
+        Args:
+            kinds: tokens by kind of span.
+            media: SHA-256 of the raw features by modality, in the order of the document.
+        """
+        return self._writer.close(
+            {
+                "doc": self.header.doc,
+                "model": self.header.model,
+                "length": self.length,
+                "kinds": dict(kinds),
+                "tokens_sha256": self._tokens.hexdigest(),
+                "media_sha256": dict(media),
+            }
+        )
+
+    def _write(self, part: Part) -> None:
+        arrays = [np.ascontiguousarray(array) for array in part.arrays.values()]
+        layers, names = zip(*map(_split, part.arrays), strict=True)
+        schema = CONTEXT_SCHEMA
+        count = len(arrays)
+        columns = [
+            pa.array([part.part] * count, pa.string()),
+            pa.array([part.start] * count, pa.int64()),
+            pa.array([part.stop] * count, pa.int64()),
+            pa.array(layers, pa.int32()),
+            pa.array(names, pa.string()),
+            pa.array([list(array.shape) for array in arrays], schema.field("shape").type),
+            pa.array([array.dtype.name for array in arrays], pa.string()),
+            _large_binary(arrays),
+        ]
+        self._writer.write(pa.RecordBatch.from_arrays(columns, schema=schema))
+
+
+def _large_binary(arrays: list[np.ndarray]) -> pa.Array:
+    data = np.concatenate([array.reshape(-1).view(np.uint8) for array in arrays])
+    offsets = np.cumsum([0, *(array.nbytes for array in arrays)], dtype=np.int64)
+    return pa.Array.from_buffers(
+        pa.large_binary(), len(arrays), [None, pa.py_buffer(offsets), pa.py_buffer(data)]
+    )
+
+
+def _split(path: str) -> tuple[int | None, str]:
+    """Layer and name of a path: "layers/2/k" is (2, "k"), "tokens" is (None, "tokens")."""
+    if path.startswith("layers/"):
+        _, layer, name = path.split("/", 2)
+        return int(layer), name
+    return None, path
+
+
+class ContextReader:
+    """Reads one context; its parts can be gone through once.
+
+    Attributes:
+        header: what the context was made with.
+        footer: counts and hashes; empty until `parts` is exhausted.
+        name: what messages call it.
+    """
+
+    def __init__(self, source: Source, name: str) -> None:
+        self._stream = CheckedReader(source, name, stream="context", version=VERSION)
+        if not self._stream.schema.equals(CONTEXT_SCHEMA):
+            raise CorruptInput(f"{name}: the columns are not those of a context")
+        try:
+            self.header = ContextHeader.from_dict(self._stream.header)
+        except (KeyError, TypeError) as problem:
+            raise CorruptInput(f"{name}: the header lacks {problem}") from None
+        self.name = name
+        self.footer: dict[str, Any] = {}
+        self._parts = self._read()
+
+    @property
+    def id(self) -> str:
+        """The context's id, once `parts` is exhausted."""
+        return context_id(self.footer)
+
+    def parts(self) -> Iterator[Part]:
+        """The parts in order, each verified before it is given. Arrays are views of the input.
+
+        Raises:
+            CorruptInput: damaged or truncated, or its parts do not fit together.
+        """
+        return self._parts
+
+    def rows(self) -> Iterator[Row]:
+        """The arrays of all parts, one by one; raises as `parts`."""
+        for part in self._parts:
+            for path, array in part.arrays.items():
+                yield Row(part.part, part.start, part.stop, *_split(path), array)
+
+    def _read(self) -> Iterator[Part]:
+        length, ended, tokens = 0, False, hashlib.sha256()
+        for batch in self._stream.batches():
+            part = _part_of(batch, self.name)
+            if ended or part.start != length or part.stop < length:
+                raise CorruptInput(
+                    f"{self.name}: a {part.part} of tokens {part.start:,} to {part.stop:,} "
+                    f"follows token {length:,}"
+                )
+            if part.part == "block":
+                ids = part.arrays.get("tokens", np.empty(0, np.int32))
+                if len(ids) != part.stop - part.start:
+                    raise CorruptInput(f"{self.name}: the block at token {length:,} is not whole")
+                tokens.update(ids.tobytes())
+                length = part.stop
+            ended = part.part == "end"
+            yield part
+        found = {"length": length, "tokens_sha256": tokens.hexdigest()}
+        if not ended:
+            raise CorruptInput(f"{self.name}: the context has no end part")
+        for key, value in found.items():
+            if self._stream.footer.get(key) != value:
+                raise CorruptInput(f"{self.name}: the footer does not agree with the parts ({key})")
+        self.footer = self._stream.footer
+
+
+def _part_of(batch: pa.RecordBatch, name: str) -> Part:
+    columns = {key: batch.column(key).to_pylist() for key in batch.schema.names if key != "data"}
+    places = set(zip(columns["part"], columns["start"], columns["stop"], strict=True))
+    if len(places) != 1:
+        raise CorruptInput(f"{name}: a record batch of {len(places)} parts; expected one")
+    ((kind, start, stop),) = places
+    column = batch.column("data")
+    _, offsets, data = column.buffers()
+    at = np.frombuffer(offsets, np.int64)[column.offset : column.offset + len(column) + 1]
+    values = np.frombuffer(data, np.uint8) if data is not None else np.empty(0, np.uint8)
+    arrays = {}
+    for row in range(batch.num_rows):
+        layer, short = columns["layer"][row], columns["name"][row]
+        path = short if layer is None else f"layers/{layer}/{short}"
+        shape, dtype = columns["shape"][row], columns["dtype"][row]
+        raw = values[at[row] : at[row + 1]]
+        if dtype not in _DTYPES or len(raw) != math.prod(shape) * np.dtype(dtype).itemsize:
+            raise CorruptInput(f"{name}: {path} at token {start:,} is no {dtype} array of {shape}")
+        arrays[path] = np.frombuffer(raw, dtype).reshape(shape)
+    return Part(kind, start, stop, arrays)
+
+
+class _MappedSource(Source):
+    """A memory-mapped file: what is read are views of it, not copies."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        super().__init__(file)
+        self._view = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        self._from = self._at = file.tell()
+
+    def read(self, size: int | None = -1) -> Any:
+        stop = len(self._view) if size is None or size < 0 else self._at + size
+        data = self._view[self._at : stop]
+        self._at += len(data)
+        self.position = self._at - self._from
+        return data
+
+    def peek(self, size: int) -> bytes:
+        return bytes(self._view[self._at : self._at + size])
+
+
+def _source(file: BinaryIO) -> Source:
+    """A mapped source of a regular file (also one redirected to stdin), else one that reads."""
+    with contextlib.suppress(OSError, ValueError):
+        status = os.fstat(file.fileno())
+        if stat.S_ISREG(status.st_mode) and status.st_size:
+            return _MappedSource(file)
+    return Source(file)
+
+
+@contextlib.contextmanager
+def open_contexts(path: str | None) -> Iterator[Iterator[ContextReader]]:
+    """Opens a file (memory-mapped) or stdin that holds one or more contexts.
+
+    The contexts come in order; parts that were not read are verified before the next one is given.
+
+    Raises:
+        CorruptInput: at once or while reading: empty, damaged, truncated or not a context.
+    """
+    name = display_name(path)
+    with open_input(path) as file:
+        source = _source(file)
+        yield read_contexts(source, name)
+
+
+def read_contexts(source: Source, name: str) -> Iterator[ContextReader]:
+    """The contexts ahead in `source`; raises as `open_contexts`."""
+    if not source.at_end() and source.peek(4) != ARROW_MAGIC:
+        raise CorruptInput(
+            f"{name}: not a context stream (it begins with {source.peek(4)!r}); make one with "
+            "`gemtool prefill`"
+        )
+    while True:
+        reader = ContextReader(source, name)
+        yield reader
+        for _ in reader.parts():
+            pass
+        if source.at_end():
+            return

@@ -1,0 +1,137 @@
+"""Inputs and outputs of every verb: pipes, terminals, files that appear whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from gemtool.errors import GemtoolError, NoInput, UsageError
+
+
+def is_stdin(path: str | None) -> bool:
+    return path is None or path == "-"
+
+
+def display_name(path: str | None) -> str:
+    """How messages call an input."""
+    return "<stdin>" if is_stdin(path) else str(path)
+
+
+@contextlib.contextmanager
+def open_input(path: str | None) -> Iterator[BinaryIO]:
+    """Opens a file, or stdin for None and `-`, for buffered binary reading.
+
+    Raises:
+        NoInput: stdin is a terminal.
+        GemtoolError: the file cannot be read.
+    """
+    if is_stdin(path):
+        if sys.stdin is None or sys.stdin.closed:
+            raise GemtoolError("standard input is closed; name an input file")
+        if sys.stdin.isatty():
+            raise NoInput("standard input is a terminal; name an input file or pipe one in")
+        yield sys.stdin.buffer
+        return
+    assert path is not None
+    try:
+        file = Path(path).open("rb")  # noqa: SIM115 (closed below)
+        if Path(path).is_dir():
+            raise IsADirectoryError(errno.EISDIR, "Is a directory")
+    except OSError as problem:
+        raise GemtoolError(f"{path}: cannot be read: {_reason(problem)}") from None
+    with file:
+        yield file
+
+
+def _reason(problem: OSError) -> str:
+    return (problem.strerror or str(problem)).lower()
+
+
+@contextlib.contextmanager
+def open_output(
+    path: str | None, *, force: bool = False, binary: bool = True
+) -> Iterator[BinaryIO]:
+    """Opens the output of a verb for binary writing.
+
+    None is stdout, where binary data is refused if it is a terminal; `-` is stdout even then. A
+    file is written under a temporary name beside the final one, which it gets when the block ends
+    without an exception; otherwise nothing is left.
+
+    Raises:
+        UsageError: binary data for a terminal, or the file exists and `force` is false.
+        GemtoolError: the file cannot be written (permissions, full disk).
+    """
+    if path is None or path == "-":
+        if binary and path is None and sys.stdout.isatty():
+            raise UsageError(
+                "binary output for a terminal; pipe it on, use -o FILE, or look at it with "
+                "`gemtool view` (-o - forces it)"
+            )
+        yield sys.stdout.buffer
+        sys.stdout.buffer.flush()
+        return
+    target = Path(path)
+    if target.is_dir():
+        raise UsageError(f"{path}: is a folder; name a file")
+    special = target.exists() and not target.is_file()  # /dev/null, a FIFO: nothing to rename
+    if target.exists() and not special and not force:
+        raise UsageError(f"{path}: exists already; add -f to replace it")
+    try:
+        if special:
+            with target.open("wb") as file:
+                yield file
+            return
+        with atomic_file(target) as file:
+            yield file
+    except OSError as problem:
+        if isinstance(problem, BrokenPipeError):
+            raise
+        if problem.filename is None and problem.errno != errno.ENOSPC:
+            raise
+        raise GemtoolError(f"{path}: cannot be written: {_reason(problem)}") from None
+
+
+@contextlib.contextmanager
+def atomic_file(target: Path) -> Iterator[BinaryIO]:
+    """A file that appears under its name, synced to disk, only if the block succeeds."""
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent or ".")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            # mkstemp makes files private; a result is as readable as any other new file.
+            os.fchmod(file.fileno(), 0o666 & ~_umask())
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).replace(target)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            Path(temporary).unlink()
+        raise
+    sync_folder(target.parent)
+
+
+def atomic_write(target: Path, content: bytes) -> None:
+    """Replaces a file's content in one step."""
+    with atomic_file(target) as file:
+        file.write(content)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes renames in a folder survive a power failure."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current

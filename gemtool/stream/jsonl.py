@@ -1,0 +1,205 @@
+"""The span stream as JSONL: for people, jq and hand-written input.
+
+A header line `{"gemtool": {...}}`, one line a span, a footer line `{"footer": {...}}` with counts
+and the CRC-32 of the lines between. Hand-written input may leave out header and footer.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import zlib
+from collections.abc import Iterator
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from gemtool import log
+from gemtool.errors import CorruptInput, did_you_mean
+from gemtool.stream.checked import Source, check_kind
+from gemtool.stream.spans import KINDS, SPAN_SCHEMA, VERSION, Counts, Header, Span, require_same
+
+_COLUMNS = SPAN_SCHEMA.names
+_DTYPES = ("uint8", "float16", "float32")
+
+
+def span_to_dict(span: Span) -> dict[str, Any]:
+    """A span as JSON: nulls left out, the payload in base64."""
+    row: dict[str, Any] = {
+        "doc": span.doc,
+        "span": span.span,
+        "kind": span.kind,
+        "tokens": span.tokens.tolist(),
+        "start": span.start,
+    }
+    if span.loss is not None:
+        row["loss"] = span.loss.tolist()
+    if span.payload is not None:
+        raw = np.ascontiguousarray(span.payload).tobytes()
+        row["payload"] = base64.b64encode(raw).decode()
+        row["payload_shape"] = list(span.payload.shape)
+        row["payload_dtype"] = span.payload.dtype.name
+    if span.time is not None:
+        row["time"] = {"start": span.time[0], "end": span.time[1]}
+    for key in ("meta", "seq", "offset", "segment"):
+        if getattr(span, key) is not None:
+            row[key] = getattr(span, key)
+    return row
+
+
+def span_from_dict(row: dict[str, Any]) -> Span:
+    """The inverse of `span_to_dict`.
+
+    Raises:
+        ValueError: a field is missing, unknown or of the wrong type; the message names it.
+    """
+    for key in row:
+        if key not in _COLUMNS:
+            raise ValueError(f"unknown field {key!r}{did_you_mean(key, _COLUMNS)}")
+    for key, kind in (("doc", str), ("span", int), ("kind", str), ("tokens", list)):
+        if not isinstance(row.get(key), kind) or isinstance(row.get(key), bool):
+            raise ValueError(f"field {key!r} is missing or not of type {kind.__name__}")
+    if row["kind"] not in KINDS:
+        raise ValueError(f"kind {row['kind']!r} is not one of {', '.join(KINDS)}")
+    try:
+        tokens = np.array(row["tokens"], np.int32).reshape(-1)
+        loss = None if row.get("loss") is None else np.array(row["loss"], np.float32)
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError("'tokens' and 'loss' must be lists of numbers") from None
+    if len(tokens) and tokens.min() < 0:
+        raise ValueError("'tokens' must not be negative")
+    if loss is not None and loss.shape != tokens.shape:
+        raise ValueError(f"'loss' has {loss.size} values for {len(tokens)} tokens")
+    time = row.get("time")
+    try:
+        return Span(
+            doc=row["doc"],
+            span=row["span"],
+            kind=row["kind"],
+            tokens=tokens,
+            start=int(row.get("start") or 0),
+            loss=loss,
+            payload=_payload(row),
+            time=None if time is None else (int(time["start"]), int(time["end"])),
+            meta=row.get("meta"),
+            seq=row.get("seq"),
+            offset=row.get("offset"),
+            segment=row.get("segment"),
+        )
+    except (KeyError, TypeError) as problem:
+        raise ValueError(f"a field has the wrong form ({problem})") from None
+
+
+def _payload(row: dict[str, Any]) -> np.ndarray | None:
+    if row.get("payload") is None:
+        return None
+    shape, dtype = row.get("payload_shape"), row.get("payload_dtype")
+    if dtype not in _DTYPES or not isinstance(shape, list):
+        raise ValueError(f"'payload' needs 'payload_shape' and 'payload_dtype' ({_DTYPES})")
+    try:
+        raw = base64.b64decode(row["payload"], validate=True)
+        return np.frombuffer(raw, dtype).reshape(shape)
+    except (binascii.Error, TypeError, ValueError) as problem:
+        raise ValueError(f"'payload' is not base64 of {dtype} {shape} ({problem})") from None
+
+
+class JsonlSpanWriter:
+    """Writes one JSONL span stream."""
+
+    def __init__(self, sink: BinaryIO, header: Header) -> None:
+        self._sink = sink
+        self._crc = 0
+        self._rows = 0
+        self._counts = Counts()
+        self._line({"gemtool": header.to_dict()})
+
+    def _line(self, value: dict[str, Any]) -> bytes:
+        line = json.dumps(value, ensure_ascii=False).encode() + b"\n"
+        self._sink.write(line)
+        return line
+
+    def append(self, span: Span) -> None:
+        self._crc = zlib.crc32(self._line(span_to_dict(span)), self._crc)
+        self._rows += 1
+        self._counts.add(span)
+
+    def close(self) -> None:
+        self._line({"footer": {**self._counts.to_dict(), "rows": self._rows, "crc32": self._crc}})
+
+
+class JsonlSpanReader:
+    """Spans of JSONL: one or more streams with header and footer, or bare rows."""
+
+    def __init__(self, source: Source, name: str, *, recover: bool = False) -> None:
+        self._source, self._name, self._recover = source, name, recover
+        self._number = 0
+        self.header = Header()
+        self.footer: dict[str, Any] = {}
+        self._first = self._next()
+        self._framed = self._first is not None and "gemtool" in self._first[1]
+        if self._framed:
+            assert self._first is not None
+            self.header = self._read_header(self._first[1]["gemtool"])
+            self._first = None
+
+    def _read_header(self, value: Any) -> Header:
+        if not isinstance(value, dict):
+            raise self._damaged("the header is not an object")
+        check_kind(value, self._name, "spans", VERSION)
+        return Header.from_dict(value)
+
+    def _damaged(self, what: str) -> CorruptInput:
+        return CorruptInput(f"{self._name}: line {self._number}: {what}")
+
+    def _next(self) -> tuple[bytes, dict[str, Any]] | None:
+        """The next line that is not blank, as bytes and as JSON."""
+        while line := self._source.readline():
+            self._number += 1
+            if not line.strip():
+                continue
+            try:
+                value = json.loads(line)
+            except ValueError as problem:
+                raise self._damaged(f"not JSON ({problem})") from None
+            if not isinstance(value, dict):
+                raise self._damaged("not a JSON object")
+            return line, value
+        return None
+
+    def __iter__(self) -> Iterator[Span]:
+        try:
+            yield from self._spans()
+        except CorruptInput as problem:
+            if not self._recover:
+                raise
+            log.warning(f"{problem}; kept what was whole before it")
+
+    def _spans(self) -> Iterator[Span]:
+        crc, rows, total, counts, is_open = 0, 0, 0, Counts(), self._framed
+        item = self._first or self._next()
+        while item is not None:
+            line, value = item
+            if "footer" in value and "doc" not in value:
+                footer = value["footer"]
+                found = {"rows": rows, "crc32": crc}
+                if not isinstance(footer, dict) or not found.items() <= footer.items():
+                    raise self._damaged(f"the footer does not agree with the lines ({found})")
+                crc, rows, is_open = 0, 0, False
+            elif "gemtool" in value and "doc" not in value:
+                if is_open:
+                    raise self._damaged("a new header before the footer of the stream")
+                require_same(self.header, self._read_header(value["gemtool"]), self._name)
+                is_open = True
+            else:
+                try:
+                    span = span_from_dict(value)
+                except ValueError as problem:
+                    raise self._damaged(str(problem)) from None
+                crc, rows, total = zlib.crc32(line, crc), rows + 1, total + 1
+                counts.add(span)
+                yield span
+            item = self._next()
+        if is_open:
+            raise self._damaged("truncated: the stream ends without its footer line")
+        self.footer = {**counts.to_dict(), "rows": total}

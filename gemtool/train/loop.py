@@ -1,0 +1,431 @@
+"""A training run: shards in, metrics out, states and checkpoints on the way."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import signal
+import sys
+import time
+import tomllib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+
+from gemtool import log
+from gemtool.checkpoint import VOCAB, open_checkpoint, write_checkpoint
+from gemtool.data.arrays import ENCODERS
+from gemtool.data.settings import MediaSettings
+from gemtool.data.shards import ShardFolder
+from gemtool.data.vocab import Vocab
+from gemtool.errors import GemtoolError, UsageError, did_you_mean
+from gemtool.model.config import PRESETS, ModelConfig, load_preset
+from gemtool.model.params import Tree, count_params
+from gemtool.runtime import setup_jax
+from gemtool.stream.spans import provenance
+from gemtool.train.loader import Loader, evaluation_batches, open_data
+from gemtool.train.optimizer import Schedule, default_peak, default_warmup, make_optimizer
+from gemtool.train.state import RunFolder, open_run
+from gemtool.train.step import (
+    TrainState,
+    abstract_state,
+    init_state,
+    make_eval_step,
+    make_train_step,
+    stack,
+)
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """What `gemtool train` was asked for; see its help for each."""
+
+    data: tuple[str, ...]
+    ckpt: str
+    model: str | None = None
+    init: str | None = None
+    vocab: str | None = None
+    steps: int = 1000
+    batch: int = 4
+    accumulate: int = 1
+    lr: float | None = None
+    warmup: int | None = None
+    eval: str | None = None
+    eval_every: int = 100
+    save_every: int = 100
+    keep: int = 2
+    seed: int = 0
+    resume: bool = False
+    force: bool = False
+
+
+def train(options: TrainOptions, emit: Callable[[Row], None]) -> None:
+    """Trains; `emit` gets the metrics of each step.
+
+    Raises:
+        UsageError, GemtoolError, CorruptInput: the options, the data or the folder do not fit; the
+            loss is no longer finite.
+        KeyboardInterrupt, SystemExit: on SIGINT and SIGTERM, after the step was saved.
+    """
+    if options.batch % options.accumulate:
+        raise UsageError(
+            f"--accumulate {options.accumulate} does not divide --batch {options.batch}"
+        )
+    if options.model and options.init:
+        raise UsageError("--init brings its own model; leave out --model")
+    if options.resume and options.force:
+        raise UsageError("--resume continues what -f would remove; give one of them")
+    setup_jax()
+    data = [open_data(text) for text in options.data]
+    with (
+        open_run(
+            options.ckpt, resume=options.resume, force=options.force, keep=options.keep
+        ) as folder,
+        contextlib.closing(
+            Loader(data, options.batch // options.accumulate, options.seed)
+        ) as loader,
+    ):
+        _Run(options, folder, data, loader, emit).go()
+
+
+class _Run:
+    """One process's share of a run: from fresh or restored state to the last step."""
+
+    def __init__(
+        self,
+        options: TrainOptions,
+        folder: RunFolder,
+        data: list[tuple[ShardFolder, float]],
+        loader: Loader,
+        emit: Callable[[Row], None],
+    ) -> None:
+        self.options, self.folder, self.data = options, folder, data
+        self.loader, self.emit = loader, emit
+        self.start = folder.latest() or 0
+        self.record = folder.record(self.start) if self.start else None
+        self.tokens: int = self.record["tokens"] if self.record else 0
+        self.last: Row = self.record["last"] if self.record else {}
+        # A run that began with --init has its model in its record: the other may be gone by now.
+        begins = self.record is None
+        self.initial = open_checkpoint(options.init) if options.init and begins else None
+        self.vocab = self._find_vocab()
+        self.config = self._find_model()
+        self.evaluation = self._open_evaluation()
+        self.settings = self._settings()
+        self.schedule = Schedule(options.steps, self.settings["lr"], self.settings["warmup"])
+        self.optimizer = make_optimizer(self.config)
+        self.eval_step = make_eval_step(self.config)
+
+    # What a run is made of
+
+    def _find_vocab(self) -> Vocab:
+        """The vocabulary that the shards were made with: a file with their fingerprint."""
+        wanted = self.loader.vocab.get("fingerprint")
+        where = self.data[0][0].path
+        if self.options.vocab is not None:
+            vocab = Vocab.load(self.options.vocab)
+            if vocab.fingerprint != wanted:
+                raise GemtoolError(
+                    f"{where}: made with vocabulary {wanted}; that of --vocab "
+                    f"{self.options.vocab} is {vocab.fingerprint}"
+                )
+            return vocab
+        if self.initial is not None:
+            return self.initial.vocab  # compared by _find_model
+        own = self.folder.path / VOCAB
+        for path in [own, None] if own.exists() else [None]:
+            vocab = Vocab.load(path)
+            if vocab.fingerprint == wanted:
+                return vocab
+        raise GemtoolError(
+            f"{where}: made with vocabulary {wanted}, which is not the one that ships with "
+            "gemtool; name its file with --vocab"
+        )
+
+    def _find_model(self) -> ModelConfig:
+        options, loader = self.options, self.loader
+        if self.initial is not None:
+            initial = self.initial
+            for what, own, other in (
+                ("vocabulary", initial.vocab.fingerprint, loader.vocab.get("fingerprint")),
+                ("media settings", initial.settings.structural(), loader.settings.structural()),
+            ):
+                if own != other:
+                    raise GemtoolError(
+                        f"{initial.path}: its {what} is {own}, that of the shards {other}"
+                    )
+            config = initial.config
+        elif self.record is not None:
+            config = ModelConfig.from_dict(self.record["settings"]["model"])
+            if options.model is not None and config != self._fitted(options.model):
+                raise UsageError(
+                    f"{self.folder.path}: its model is not --model {options.model}; leave that "
+                    "out, or start another run"
+                )
+        else:
+            config = self._fitted(options.model or "nano")
+        for kind in sorted(loader.kinds & ENCODERS.keys()):
+            config.encoder(ENCODERS[kind])  # raises where the model has none
+        return config
+
+    def _fitted(self, model: str) -> ModelConfig:
+        return fit_to_data(load_model(model), self.vocab.size, self.loader.settings)
+
+    def _open_evaluation(self) -> ShardFolder | None:
+        if self.options.eval is None:
+            return None
+        folder = ShardFolder(self.options.eval)
+        trained = self.data[0][0]
+        for what, own, other in (
+            ("vocabulary", folder.vocab.get("fingerprint"), trained.vocab.get("fingerprint")),
+            ("media settings", _structural(folder), _structural(trained)),
+        ):
+            if own != other:
+                raise GemtoolError(
+                    f"{folder.path}: its {what} is {own}, that of {trained.path} {other}"
+                )
+        for kind in sorted(folder.kinds & ENCODERS.keys()):
+            self.config.encoder(ENCODERS[kind])
+        return folder
+
+    def _settings(self) -> Row:
+        """What determines the result; of a resumed run, what it began with.
+
+        Raises:
+            UsageError, GemtoolError: something else is asked for now. --steps may change.
+        """
+        options = self.options
+        saved = self.record["settings"] if self.record else {}
+        lr, warmup = options.lr, options.warmup
+        if lr is None:
+            lr = saved.get("lr", default_peak(self.config))
+        if warmup is None:
+            warmup = saved.get("warmup", default_warmup(options.steps))
+        settings = {
+            "model": self.config.to_dict(),
+            "data": self.loader.fingerprint,
+            "batch": options.batch,
+            "accumulate": options.accumulate,
+            "seed": options.seed,
+            "steps": options.steps,
+            "lr": lr,
+            "warmup": warmup,
+        }
+        for name in ("batch", "accumulate", "seed", "lr", "warmup"):
+            if saved and saved[name] != settings[name]:
+                raise UsageError(
+                    f"{self.folder.path}: was begun with --{name} {saved[name]}, not "
+                    f"{settings[name]}; resume it with that, or start another run with --init"
+                )
+        if saved and saved["data"] != settings["data"]:
+            raise GemtoolError(
+                f"{self.folder.path}: was begun with other --data (fingerprint {saved['data']}, "
+                f"now {settings['data']}); resume it with that, or start another run with --init"
+            )
+        return settings
+
+    def _restore_or_begin(self) -> TrainState:
+        params = None if self.initial is None else self.initial.load_params()
+        if self.record is None:
+            return init_state(self.config, self.optimizer, self.options.seed, params)
+        self.loader.set_state(self.record["loader"])
+        return self.folder.restore(self.start, abstract_state(self.config, self.optimizer))
+
+    # The run
+
+    def go(self) -> None:
+        options = self.options
+        if self.record is not None and self.start >= options.steps:
+            if self._exported_step() != self.start:  # killed between state and checkpoint
+                self._export(self.start, self._restore_or_begin().params)
+            log.info(f"{self.folder.path}: finished already, at step {self.start:,}")
+            return
+        if self.record is not None and self.record["settings"]["steps"] != options.steps:
+            log.warning(
+                f"the run was begun with --steps {self.record['settings']['steps']}; its learning "
+                f"rate now falls until step {options.steps}"
+            )
+        total, active = count_params(self.config)
+        log.info(
+            f"{'resuming' if self.start else 'training'} {self.config.name}: {total:,} parameters "
+            f"({active:,} active) on {self.loader.sequences:,} sequences of {self.loader.length:,}"
+            + (f", from step {self.start:,}" if self.start else "")
+        )
+        state = self._restore_or_begin()
+        train_step = make_train_step(self.config, self.optimizer)
+        with (
+            _stop_after_step() as stop,
+            log.progress("train", options.steps - self.start, unit="steps") as bar,
+        ):
+            for step in range(self.start + 1, options.steps + 1):
+                began = time.perf_counter()
+                batches = [next(self.loader) for _ in range(options.accumulate)]
+                tokens = sum(int(np.count_nonzero(batch.segments)) for batch in batches)
+                rate = self.schedule.rate(step)
+                state, metrics = train_step(state, stack(batches), rate)
+                values = {name: _shortest(value) for name, value in metrics.items()}
+                seconds = time.perf_counter() - began
+                self.tokens += tokens
+                row: Row = {
+                    "step": step,
+                    "loss": values.pop("loss"),
+                    "tokens": self.tokens,
+                    "tokens_per_s": round(tokens / seconds, 1),
+                    "lr": _shortest(rate),
+                    **values,
+                    "seconds": round(seconds, 4),
+                }
+                is_last = step == options.steps
+                is_finite = math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])
+                if is_finite and (is_last or step % options.eval_every == 0):
+                    row |= self._evaluate(state.params)
+                self.emit(row)
+                if not is_finite:
+                    self._fail(step)
+                self.last = {k: v for k, v in row.items() if k not in ("seconds", "tokens_per_s")}
+                if is_last or stop or step % options.save_every == 0:
+                    self._save(step, state)
+                bar.update(1, f"loss {row['loss']:.3f}, {tokens / seconds:,.0f} tokens/s")
+                if stop and not is_last:
+                    self.folder.finish()
+                    log.info(f"{self.folder.path}: saved step {step:,}; continue with --resume")
+                    raise stop[0]
+        self.folder.finish()
+
+    def _evaluate(self, params: Tree) -> Row:
+        """Mean loss over the evaluation shards, if there are any."""
+        if self.evaluation is None:
+            return {}
+        size = self.options.batch // self.options.accumulate
+        sums = [
+            [float(value) for value in self.eval_step(params, batch)]
+            for batch in evaluation_batches(self.evaluation, size)
+        ]
+        loss, weight = (math.fsum(column) for column in zip(*sums, strict=True))
+        return {"eval_loss": loss / max(weight, 1e-8)}
+
+    def _fail(self, step: int) -> None:
+        self.folder.finish()
+        kept = self.folder.latest()
+        rest = "nothing was saved" if kept is None else f"the state of step {kept:,} is kept"
+        raise GemtoolError(
+            f"step {step}: the loss or its gradient is no longer finite; {rest}; "
+            "try a lower --lr or a longer --warmup"
+        )
+
+    def _save(self, step: int, state: TrainState) -> None:
+        record = {
+            "tokens": self.tokens,
+            "last": self.last,
+            "loader": self.loader.get_state(),
+            "settings": self.settings,
+        }
+        self.folder.save(step, state, record)
+        self._export(step, state.params)
+
+    def _export(self, step: int, params: Tree) -> None:
+        """The checkpoint that prefill and decode read."""
+        chain = tuple(self.data[0][0].manifest.get("pg", ()))
+        settings = {k: v for k, v in self.settings.items() if k not in ("model", "data")}
+        card = {
+            "metrics": self.last,
+            "training": settings | ({"init": self.options.init} if self.options.init else {}),
+            "data": [
+                {"path": str(f.path), "weight": weight, "fingerprint": f.fingerprint}
+                for f, weight in self.data
+            ],
+            "pg": [*chain, provenance("train", chain, self.options.seed)],
+        }
+        write_checkpoint(
+            self.folder.path, self.config, params, self.vocab, self.loader.settings, card, step
+        )
+
+    def _exported_step(self) -> int | None:
+        try:
+            return open_checkpoint(self.folder.path).step
+        except GemtoolError:
+            return None
+
+
+def load_model(name: str) -> ModelConfig:
+    """An architecture: a preset's name, or the path of a TOML file.
+
+    Raises:
+        UsageError: neither.
+        GemtoolError: the file does not describe a model.
+    """
+    if name in PRESETS:
+        return load_preset(name)
+    try:
+        return ModelConfig.from_dict(tomllib.loads(Path(name).read_text()))
+    except FileNotFoundError:
+        raise UsageError(
+            f"--model {name}: neither a preset ({', '.join(PRESETS)}) nor a file"
+            f"{did_you_mean(name, PRESETS)}"
+        ) from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as problem:
+        raise GemtoolError(f"{name}: not TOML: {problem}") from None
+    except GemtoolError as problem:
+        raise GemtoolError(f"{name}: {problem}") from None
+
+
+def fit_to_data(config: ModelConfig, vocab_size: int, settings: MediaSettings) -> ModelConfig:
+    """The architecture with as many token embeddings and soft positions as the data need."""
+    tokens = {"visual": settings.image_soft, "audio": settings.audio_rate}
+    encoders = tuple(
+        dataclasses.replace(encoder, tokens=tokens[encoder.kind]) for encoder in config.encoders
+    )
+    return dataclasses.replace(config, vocab_size=vocab_size, encoders=encoders)
+
+
+def _shortest(value: Any) -> float:
+    """A float32 scalar as the float that prints with no more digits than it takes to tell it."""
+    return float(str(np.asarray(value, np.float32)))
+
+
+def _structural(folder: ShardFolder) -> Row:
+    return MediaSettings.from_dict(folder.settings).structural()
+
+
+@contextlib.contextmanager
+def _stop_after_step() -> Iterator[list[BaseException]]:
+    """Turns SIGINT and SIGTERM into an entry of a list: what to raise once the step is saved.
+
+    A step consumes the state that it changes, so it is never interrupted half-way.
+    """
+    stop: list[BaseException] = []
+
+    def request(number: int, frame: FrameType | None) -> None:
+        if stop:
+            os._exit(128 + number)
+        stop.append(KeyboardInterrupt() if number == signal.SIGINT else SystemExit(128 + number))
+        print(
+            "\ngemtool: interrupted, saving after this step (again to skip that)",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    before = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def to_json(row: Row) -> str:
+    """A line of JSONL; a number that is not finite becomes null, and "reason" says what it was."""
+    bad = [k for k, v in row.items() if isinstance(v, float) and not math.isfinite(v)]
+    if bad:
+        reason = ", ".join(f"{name} is {row[name]}" for name in bad)
+        row = {**row, **dict.fromkeys(bad), "reason": reason}
+    return json.dumps(row)

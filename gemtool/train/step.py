@@ -1,0 +1,142 @@
+"""One training step as a pure function: (state, batch) -> (state, metrics)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from gemtool.model.batch import Batch
+from gemtool.model.config import ModelConfig
+from gemtool.model.moe import update_biases
+from gemtool.model.params import Tree, abstract_params, init_params
+from gemtool.model.transformer import forward
+from gemtool.train.objectives import next_token_loss
+
+Metrics = dict[str, jax.Array]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """All that a step changes."""
+
+    params: Tree
+    optimizer: Any
+    """optax state: moments and step count."""
+    step: jax.Array
+    """int32 [], steps done."""
+
+
+def init_state(
+    config: ModelConfig,
+    optimizer: optax.GradientTransformation,
+    seed: int,
+    params: Tree | None = None,
+) -> TrainState:
+    """A state at step 0, of fresh parameters or a copy of those given."""
+    if params is None:
+        params = init_params(config, jax.random.key(seed))
+    else:
+        params = jax.tree.map(jnp.array, params)
+    return TrainState(params, jax.jit(optimizer.init)(params), jnp.zeros((), jnp.int32))
+
+
+def abstract_state(config: ModelConfig, optimizer: optax.GradientTransformation) -> TrainState:
+    """Shapes and dtypes of a state."""
+    params = abstract_params(config)
+    step = jax.ShapeDtypeStruct((), jnp.int32)
+    return TrainState(params, jax.eval_shape(optimizer.init, params), step)
+
+
+def stack(batches: Sequence[Batch]) -> Batch:
+    """Micro-batches (numpy) as one Batch with a leading axis, [M, B, T].
+
+    Where they differ in room for media groups, absent groups fill up the smaller ones.
+    """
+
+    def join(*arrays: np.ndarray) -> np.ndarray:
+        longest = max(array.shape[0] for array in arrays)
+        missing = [longest - array.shape[0] for array in arrays]
+        # A group of zero `rows` is absent.
+        return np.stack(
+            [
+                np.pad(array, [(0, count)] + [(0, 0)] * (array.ndim - 1)) if count else array
+                for array, count in zip(arrays, missing, strict=True)
+            ]
+        )
+
+    return jax.tree.map(join, *batches)
+
+
+def make_train_step(
+    config: ModelConfig, optimizer: optax.GradientTransformation
+) -> Callable[[TrainState, Batch, float], tuple[TrainState, Metrics]]:
+    """The jitted step. It takes a state, which it consumes, stacked micro-batches [M, B, T], and
+    the learning rate. Gradients of micro-batches are accumulated, so that M changes memory and
+    rounding, not the result.
+
+    Metrics: "loss" (mean over weights), "grad_norm" (before clipping), "expert_load" (largest ratio
+    of the most chosen expert's load to the mean; absent without experts).
+    """
+
+    def objective(
+        params: Tree, batch: Batch, weight: jax.Array, count: int
+    ) -> tuple[jax.Array, tuple[jax.Array, dict[str, jax.Array]]]:
+        hidden, router = forward(params, config, batch)
+        loss = next_token_loss(params, config, hidden, batch.targets, batch.weights) / weight
+        return loss + router["loss"] / count, (loss, router["load"])
+
+    @partial(jax.jit, donate_argnums=0)
+    def train_step(state: TrainState, batches: Batch, rate: float) -> tuple[TrainState, Metrics]:
+        count = batches.tokens.shape[0]
+        # One divisor for all micro-batches: a position weighs the same wherever it lies.
+        weight = jnp.maximum(jnp.sum(batches.weights), 1e-8)
+
+        def gradients(batch: Batch) -> tuple[Tree, jax.Array, dict[str, jax.Array]]:
+            grad = jax.grad(objective, has_aux=True)
+            grads, (loss, load) = grad(state.params, batch, weight, count)
+            return grads, loss, load
+
+        first = jax.tree.map(lambda x: x[0], batches)
+        if count == 1:
+            total = gradients(first)
+        else:
+            zeros = jax.tree.map(
+                lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradients, first)
+            )
+            total, _ = jax.lax.scan(
+                lambda carry, batch: (jax.tree.map(jnp.add, carry, gradients(batch)), None),
+                zeros,
+                batches,
+            )
+        grads, loss, load = total
+        load = {layer: share / count for layer, share in load.items()}
+        updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
+        params = jax.tree.map(lambda p, update: p - rate * update, state.params, updates)
+        params = update_biases(params, config, load)
+        metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
+        if load:
+            ratios = [jnp.max(share) * share.shape[0] for share in load.values()]
+            metrics["expert_load"] = jnp.max(jnp.stack(ratios))
+        return TrainState(params, optimizer_state, state.step + 1), metrics
+
+    return train_step
+
+
+def make_eval_step(config: ModelConfig) -> Callable[[Tree, Batch], tuple[jax.Array, jax.Array]]:
+    """A jitted function: sum of weighted losses of a batch [B, T], and sum of weights."""
+
+    @jax.jit
+    def eval_step(params: Tree, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        hidden, _ = forward(params, config, batch)
+        loss = next_token_loss(params, config, hidden, batch.targets, batch.weights)
+        return loss, jnp.sum(batch.weights)
+
+    return eval_step

@@ -1,0 +1,65 @@
+"""Shared fixtures: the real command in a process of its own, strict JAX, real media."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+# Before anything imports jax: several CPU devices, and no silent widening.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
+os.environ.setdefault("JAX_NUMPY_DTYPE_PROMOTION", "strict")
+os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
+
+Command = Callable[..., subprocess.CompletedProcess[bytes]]
+
+
+@pytest.fixture
+def gemtool(tmp_path: Path) -> Command:
+    """Runs the command in an empty folder; with `check`, a failure fails the test and shows why."""
+
+    def run(
+        *arguments: object,
+        input: bytes = b"",
+        check: bool = True,
+        env: dict[str, str] | None = None,
+        timeout: float = 120,
+        cwd: Path | None = None,
+    ) -> subprocess.CompletedProcess[bytes]:
+        done = subprocess.run(
+            [sys.executable, "-m", "gemtool", *map(str, arguments)],
+            input=input,
+            capture_output=True,
+            timeout=timeout,
+            cwd=cwd or tmp_path,
+            env={**command_environment(), **(env or {})},
+            check=False,
+        )
+        if check and done.returncode != 0:
+            shown = done.stderr.decode(errors="replace")
+            raise AssertionError(f"gemtool {arguments[0]} exited {done.returncode}: {shown}")
+        return done
+
+    return run
+
+
+def command_environment() -> dict[str, str]:
+    """The environment of a user's shell, with this checkout importable."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("GEMTOOL_", "JAX_", "XLA_"))}
+    return {**kept, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "NO_COLOR": "1"}
+
+
+@pytest.fixture
+def real_media() -> Path:
+    """The folder of media that were not made here (`make media`); the test is skipped without."""
+    folder = Path(os.environ.get("GEMTOOL_MEDIA") or ROOT / "build" / "media")
+    if not folder.is_dir():
+        pytest.skip(f"no real media in {folder}: run `make media`")
+    return folder

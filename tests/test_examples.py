@@ -1,0 +1,224 @@
+"""Every example of the manual, the README and examples/ is run as it stands, on small real files."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.conftest import ROOT, command_environment
+
+pytestmark = pytest.mark.skipif(shutil.which("jq") is None, reason="the examples use jq")
+
+# What makes the examples take seconds instead of minutes; nothing else in them is changed.
+SHORTER = {"--steps 200": "--steps 2", "--lengths 1k,4k --depths 5": "--lengths 1k --depths 2"}
+
+
+def make_video(path: Path, seconds: int = 2) -> None:
+    """A film of noise with a tone, H.264 and AAC."""
+    import av
+
+    rng = np.random.default_rng(0)
+    with av.open(str(path), "w") as container:
+        video = container.add_stream("libx264", rate=10)
+        video.width, video.height, video.pix_fmt = 128, 96, "yuv420p"
+        audio = container.add_stream("aac", rate=16000)
+        for i in range(10 * seconds):
+            pixels = rng.integers(0, 256, (96, 128, 3), np.uint8)
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            frame.pts, frame.time_base = i, Fraction(1, 10)
+            container.mux(video.encode(frame))
+        container.mux(video.encode())
+        wave = np.sin(np.arange(16000 * seconds) * 0.1).astype(np.float32)[None]
+        for start in range(0, wave.shape[1], 1024):
+            piece = av.AudioFrame.from_ndarray(
+                np.ascontiguousarray(wave[:, start : start + 1024]), format="fltp", layout="mono"
+            )
+            piece.sample_rate, piece.pts = 16000, start
+            container.mux(audio.encode(piece))
+        container.mux(audio.encode())
+
+
+def environment() -> dict[str, str]:
+    """`gemtool` and `python` on the path are those of the tests."""
+    result = command_environment()
+    result["PATH"] = f"{Path(sys.executable).parent}:{result['PATH']}"
+    return result
+
+
+def shell(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    for long, short in SHORTER.items():
+        command = command.replace(long, short)
+    done = subprocess.run(
+        ["bash", "-c", command],
+        cwd=folder,
+        env=environment(),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, f"{command}\n{done.stderr}"
+    for word in ("error:", "Traceback"):
+        assert word not in done.stderr, f"{command}\n{done.stderr}"
+    return done
+
+
+@pytest.fixture(scope="module")
+def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what the examples name: media, text, shards, a trained run and a context."""
+    from PIL import Image
+
+    folder = tmp_path_factory.mktemp("sample")
+    make_video(folder / "talk.mp4")
+    Image.effect_noise((320, 240), 60).convert("RGB").save(folder / "photo.jpg")
+    (folder / "notes.md").write_text((ROOT / "LICENSE").read_text())
+    (folder / "questions.jsonl").write_text('{"id": "a", "prompt": "Who?"}\n{"prompt": "Why?"}\n')
+    shell(
+        "gemtool tokenize talk.mp4 notes.md photo.jpg | gemtool pack --length 512 "
+        "| gemtool shard -o shards/ && "
+        "gemtool train --data shards/ --model nano --steps 200 --ckpt run/ > metrics.jsonl && "
+        "gemtool tokenize talk.mp4 | gemtool prefill --ckpt run/ > talk.ctx",
+        folder,
+    )
+    return folder
+
+
+@pytest.fixture
+def workplace(sample: Path, tmp_path: Path) -> Path:
+    shutil.copytree(sample, tmp_path / "work")
+    return tmp_path / "work"
+
+
+def man_examples(page: Path) -> list[str]:
+    """The commands of a page's EXAMPLES, unescaped."""
+    text = page.read_text()
+    section = text.partition(".SH EXAMPLES")[2].partition(".SH")[0]
+    blocks = re.findall(r"^\.EX\n(.*?)^\.EE$", section, re.MULTILINE | re.DOTALL)
+    joined = "".join(blocks).replace("\\-", "-").replace("\\e", "\\")
+    return [line for line in joined.splitlines() if line]
+
+
+PAGES = sorted((ROOT / "man").glob("man[0-9]/*"))
+
+
+def made_by(commands: list[str]) -> set[str]:
+    """Outputs the commands write without -f: what the sample folder has of them must go first."""
+    joined = "\n".join(line for line in commands if " -f" not in line)
+    return set(re.findall(r"(?:-o|--ckpt) (\S+?)/?(?=\s|$)", joined))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_manual(page: Path, workplace: Path) -> None:
+    commands = man_examples(page)
+    assert commands, "a page without examples"
+    for name in made_by([c for c in commands if re.search(r"gemtool (shard|train)", c)]):
+        if "--resume" not in commands[0]:
+            shutil.rmtree(workplace / name, ignore_errors=True)
+    for command in commands:
+        shell(command, workplace)
+
+
+def test_pages_exist_for_every_verb() -> None:
+    from gemtool.cli import VERBS
+
+    names = {page.name for page in PAGES}
+    assert {f"gemtool-{verb}.1" for verb in VERBS} <= names
+    assert {"gemtool.1", "gemtool-stream.5", "gemtool-context.5"} <= names
+
+
+def test_pages_are_up_to_date_and_valid() -> None:
+    subprocess.run([sys.executable, ROOT / "man" / "build.py", "--check"], check=True)
+    if shutil.which("mandoc") is None:
+        pytest.skip("mandoc is not installed")
+    lint = subprocess.run(
+        ["mandoc", "-T", "lint", "-W", "warning", *PAGES], capture_output=True, text=True
+    )
+    assert lint.stdout == ""
+
+
+def readme_blocks() -> list[str]:
+    """The shell blocks of the README (indented by four, commands of gemtool)."""
+    text = (ROOT / "README.md").read_text()
+    return re.findall(r"^```sh\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+
+
+def test_readme(workplace: Path) -> None:
+    """All shell blocks but the two make commands, which CI and `make demo` are."""
+    blocks = [block for block in readme_blocks() if "gemtool" in block]
+    assert blocks
+    for name in ("shards", "run", "talk.ctx"):
+        path = workplace / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for block in blocks:
+        shell("set -e\n" + block, workplace)
+
+
+TINY = {
+    "STEPS": "2",
+    "LENGTH": "256",
+    "SHARES": "4",
+    "MODEL": str(ROOT / "tests" / "tiny.toml"),
+}
+
+
+def test_experiment(tmp_path: Path) -> None:
+    """The Makefile builds its table, and a second run has nothing to do."""
+    shutil.copytree(ROOT / "examples", tmp_path / "examples")
+    folder = tmp_path / "examples" / "experiment"
+    settings = " ".join(f"{key}={value}" for key, value in TINY.items())
+    shell(f"make {settings} PYTHON={sys.executable}", folder)
+    table = (folder / "build" / "table.jsonl").read_text().splitlines()
+    assert len(table) == 3
+    assert "Nothing to be done" in shell(f"make {settings}", folder).stdout
+
+
+@pytest.mark.skipif(shutil.which("flock") is None, reason="the cron job uses flock")
+def test_cron(tmp_path: Path) -> None:
+    """Runs twice; the second time does nothing."""
+    (tmp_path / "inbox").mkdir()
+    (tmp_path / "inbox" / "notes.md").write_text((ROOT / "LICENSE").read_text())
+    script = ROOT / "examples" / "cron" / "nightly.sh"
+    settings = " ".join(f"{key}={value}" for key, value in TINY.items() if key != "SHARES")
+    first = shell(f"{settings} {script} inbox home", tmp_path)
+    assert first.stdout == first.stderr == ""
+    weights = tmp_path / "home" / "current" / "weights.safetensors"
+    made = weights.stat().st_mtime_ns
+    shell(f"{settings} {script} inbox home", tmp_path)
+    assert weights.stat().st_mtime_ns == made
+
+
+def test_pipeline(workplace: Path) -> None:
+    """Every question is asked of every document; contexts are reused."""
+    (workplace / "papers").mkdir()
+    for name in ("notes.md", "photo.jpg"):
+        shutil.copy(workplace / name, workplace / "papers" / name)
+    (workplace / "asked.txt").write_text("Who wrote this?\nWhat about?\n")
+    script = ROOT / "examples" / "pipeline" / "ask.sh"
+    done = shell(f"MAX_TOKENS=4 {script} run papers asked.txt", workplace)
+    assert len(done.stdout.splitlines()) == 4
+    made = (workplace / "papers" / "notes.md.ctx").stat().st_mtime_ns
+    shell(f"MAX_TOKENS=4 {script} run papers asked.txt", workplace)
+    assert (workplace / "papers" / "notes.md.ctx").stat().st_mtime_ns == made
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_demo(tmp_path: Path) -> None:
+    """`make demo` with fewer steps, on the real media."""
+    if "GEMTOOL_MEDIA" not in os.environ and not (ROOT / "build" / "media").exists():
+        pytest.skip("no real media; run `make media`")
+    media = os.environ.get("GEMTOOL_MEDIA", ROOT / "build" / "media")
+    shell(
+        f"make -C {ROOT}/examples/demo BUILD={tmp_path} MEDIA={media} STEPS=3 "
+        f"PYTHON={sys.executable}",
+        tmp_path,
+    )
+    assert (tmp_path / "needle.png").stat().st_size > 10_000

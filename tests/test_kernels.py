@@ -1,0 +1,370 @@
+"""Every implementation of every kernel against its reference: one list of cases for all of them.
+
+Tolerances are float32 ones and are never relaxed for an implementation: the same sums in another
+order. The references themselves are held against float64 loops written in numpy.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.special import expit
+
+from gemtool.errors import UsageError
+from gemtool.kernels import attention, dispatch, expert_mlp, experts, flash_attention
+
+FORWARD = {"rtol": 2e-5, "atol": 2e-5}
+GRADIENT = {"rtol": 1e-4, "atol": 1e-4}
+
+
+def fast(operation: Any) -> list[str]:
+    return [name for name in operation.IMPLEMENTATIONS if name != "reference"]
+
+
+def normal(seed: int, *shape: int, dtype: Any = np.float32, scale: float = 1.0) -> np.ndarray:
+    return (scale * np.random.default_rng(seed).standard_normal(shape)).astype(dtype)
+
+
+def compiled(function: Any, impl: str) -> Any:
+    """Jitted; a reference runs once, so that optimising it would cost more than it saves."""
+    level = {"xla_backend_optimization_level": 0} if impl == "reference" else None
+    return jax.jit(function, compiler_options=level)
+
+
+# Attention ---------------------------------------------------------------------------------------
+
+# name: (B, T, S, H, KV, D), options. Gradients are compared too, but for FORWARD_ONLY.
+# Where they are not, another case has the same backward pass.
+FORWARD_ONLY = ("decode", "chunk-", "empty-", "window-1", "window-of", "window-above-all", "scale")
+ATTENTION: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
+    "one-by-one": ((1, 1, 1, 1, 1, 4), {}),
+    "causal": ((2, 129, 129, 2, 2, 8), {}),
+    "several-blocks": ((1, 300, 300, 2, 1, 16), {}),
+    "grouped": ((2, 70, 70, 6, 2, 8), {}),
+    "all-to-all": ((1, 40, 150, 2, 2, 8), {"causal": False}),
+    "all-to-all-window": ((1, 150, 150, 2, 2, 8), {"causal": False, "window": 20}),
+    "window-1": ((1, 140, 140, 1, 1, 8), {"window": 1}),
+    "window-below-block": ((2, 270, 270, 2, 1, 8), {"window": 17}),
+    "window-of-a-block": ((1, 270, 270, 1, 1, 8), {"window": 128}),
+    "window-above-block": ((1, 400, 400, 2, 2, 8), {"window": 200}),
+    "window-above-all": ((1, 50, 50, 1, 1, 8), {"window": 1000}),
+    "segments": ((2, 280, 280, 2, 1, 8), {"segments": True}),
+    "segments-window": ((1, 280, 280, 2, 2, 8), {"segments": True, "window": 40}),
+    "decode": ((3, 1, 1300, 4, 2, 8), {"q_start": 1100, "kv_length": 1101}),
+    "decode-first": ((1, 1, 700, 2, 2, 8), {"q_start": 0, "kv_length": 1}),
+    "decode-window": ((1, 1, 700, 2, 1, 8), {"q_start": 650, "kv_length": 651, "window": 64}),
+    "decode-short-buffer": ((1, 1, 129, 2, 2, 8), {"q_start": 128, "kv_length": 129}),
+    "chunk": ((1, 64, 500, 4, 1, 8), {"q_start": 129, "kv_length": 193}),
+    "chunk-to-the-end": ((2, 37, 333, 2, 2, 8), {"q_start": 296}),
+    "chunk-of-a-tail": ((1, 64, 400, 2, 2, 8), {"q_start": 200, "kv_length": 210}),
+    "empty-buffer": ((1, 5, 130, 2, 2, 8), {"kv_length": 0}),
+    "sink": ((2, 150, 150, 4, 2, 8), {"sink": True}),
+    "sink-and-nothing-else": ((1, 3, 20, 2, 2, 8), {"sink": True, "kv_length": 0}),
+    "soft-cap": ((1, 150, 150, 2, 2, 8), {"soft_cap": 2.0}),
+    "scale": ((1, 60, 60, 2, 2, 8), {"scale": 0.7}),
+    "everything": (
+        (2, 90, 200, 4, 2, 8),
+        {"q_start": 100, "kv_length": 180, "sink": True, "soft_cap": 3.0, "segments": True},
+    ),
+    "float16-buffer": (
+        (1, 33, 260, 4, 2, 8),
+        {"q_start": 150, "kv_length": 183, "kv_dtype": np.float16, "sink": True},
+    ),
+}
+
+
+def attention_case(name: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """Differentiable arguments, other traced arguments, options."""
+    (B, T, S, H, KV, D), options = ATTENTION[name]
+    options = dict(options)
+    kv_dtype = options.pop("kv_dtype", np.float32)
+    inputs = {
+        "q": normal(1, B, T, H, D, scale=2),
+        "k": normal(2, B, S, KV, D, dtype=kv_dtype),
+        "v": normal(3, B, S, KV, D, dtype=kv_dtype),
+    }
+    if options.pop("sink", False):
+        inputs["sink"] = normal(4, H)
+    start = options.get("q_start", 0)
+    traced = {x: np.int32(options.pop(x)) for x in ("q_start", "kv_length") if x in options}
+    if options.pop("segments", False):
+        # Documents of unequal length, then padding; row 1 is padding throughout.
+        segments = 1 + np.minimum(np.arange(S) // 45, np.arange(S) // 100 + 1).astype(np.int32)
+        segments[-S // 10 :] = 0
+        kv_segments = np.stack([segments * (b == 0) for b in range(B)])
+        traced["kv_segments"] = kv_segments
+        traced["q_segments"] = kv_segments[:, start : start + T]
+    return inputs, traced, options
+
+
+@functools.cache
+def attention_results(name: str, impl: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    inputs, traced, options = attention_case(name)
+    (B, T, _, H, _, D), _ = ATTENTION[name]
+    along = normal(5, B, T, H, D)
+
+    def forward(inputs: dict[str, Any], traced: dict[str, Any]) -> tuple[jax.Array, jax.Array]:
+        out = flash_attention(**inputs, **traced, **options, impl=impl)
+        return (out * along).sum(), out
+
+    arguments = jax.tree.map(jnp.asarray, (inputs, traced))
+    if name.startswith(FORWARD_ONLY):
+        return np.asarray(compiled(forward, impl)(*arguments)[1]), {}
+    run = compiled(jax.value_and_grad(forward, has_aux=True), impl)
+    (_, out), gradients = run(*arguments)
+    return np.asarray(out), {key: np.asarray(g) for key, g in gradients.items()}
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+@pytest.mark.parametrize("impl", fast(attention))
+def test_attention(impl: str, name: str) -> None:
+    out, gradients = attention_results(name, impl)
+    expected, expected_gradients = attention_results(name, "reference")
+    np.testing.assert_allclose(out, expected, **FORWARD)
+    for key, want in expected_gradients.items():
+        got = gradients[key]
+        assert got.dtype == want.dtype, key
+        tolerance = {"rtol": 2e-3, "atol": 2e-3} if got.dtype == np.float16 else GRADIENT
+        np.testing.assert_allclose(got, want, **tolerance, err_msg=key)
+
+
+def attention_loop(
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    *,
+    sink: np.ndarray | None = None,
+    q_start: int = 0,
+    kv_length: int | None = None,
+    q_segments: np.ndarray | None = None,
+    kv_segments: np.ndarray | None = None,
+    causal: bool = True,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    scale: float | None = None,
+) -> np.ndarray:
+    """The definition, one query at a time in float64."""
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    B, T, H, D = q.shape
+    out = np.zeros(q.shape)
+    for b, t, h in np.ndindex(B, T, H):
+        logits, values = [], []
+        for s in range(k.shape[1] if kv_length is None else int(kv_length)):
+            p = int(q_start) + t
+            if (causal and s > p) or (window is not None and s <= p - window):
+                continue
+            if q_segments is not None and not (q_segments[b, t] == kv_segments[b, s] != 0):
+                continue
+            head = h // (H // k.shape[2])
+            logit = q[b, t, h] @ k[b, s, head] * (D**-0.5 if scale is None else scale)
+            logits.append(soft_cap * np.tanh(logit / soft_cap) if soft_cap else logit)
+            values.append(v[b, s, head])
+        if sink is not None:
+            logits.append(float(sink[h]))
+            values.append(np.zeros(D))
+        if logits:
+            p = np.exp(np.array(logits) - max(logits))
+            out[b, t, h] = p @ np.array(values) / p.sum()
+    return out
+
+
+@pytest.mark.parametrize(
+    "name", ["grouped", "all-to-all", "scale", "everything", "float16-buffer", "empty-buffer"]
+)
+def test_attention_reference_is_the_definition(name: str) -> None:
+    inputs, traced, options = attention_case(name)
+    expected = attention_loop(**inputs, **traced, **options)
+    with jax.enable_x64(True):
+        wide = {x: jnp.asarray(a, jnp.float64) for x, a in inputs.items()}
+        out = flash_attention(**wide, **traced, **options, impl="reference")
+        assert out.dtype == jnp.float64
+        np.testing.assert_allclose(out, expected, rtol=1e-12, atol=1e-12)
+        for impl in fast(attention) if name == "everything" else ():
+            out = flash_attention(**wide, **traced, **options, impl=impl)
+            np.testing.assert_allclose(out, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("impl", fast(attention))
+def test_attention_skips_what_cannot_be_seen(impl: str) -> None:
+    """Keys of blocks beyond kv_length are not read: NaN there must not reach the result."""
+    q, k = normal(1, 1, 4, 2, 8), normal(2, 1, 5000, 2, 8)
+    poisoned = k.copy()
+    poisoned[:, 1024:] = np.nan
+    run = jax.jit(functools.partial(flash_attention, impl=impl))
+    clean = run(q, k, k, q_start=jnp.int32(1020), kv_length=jnp.int32(1024))
+    np.testing.assert_array_equal(
+        run(q, poisoned, poisoned, q_start=jnp.int32(1020), kv_length=jnp.int32(1024)), clean
+    )
+
+
+@pytest.mark.parametrize("impl", fast(attention))
+def test_attention_of_huge_scores_is_finite(impl: str) -> None:
+    q, k, v = (normal(i, 1, 140, 2, 8, scale=1e4 if i < 3 else 1) for i in (1, 2, 3))
+    loss = jax.grad(lambda *a: flash_attention(*a, impl=impl).sum(), argnums=(0, 1, 2))
+    assert all(np.isfinite(g).all() for g in loss(q, k, v))
+
+
+@pytest.mark.parametrize("impl", fast(attention))
+def test_attention_in_bfloat16(impl: str) -> None:
+    q, k, v = (jnp.asarray(normal(i, 1, 140, 2, 8), jnp.bfloat16) for i in (1, 2, 3))
+    out = flash_attention(q, k, v, impl=impl)
+    assert out.dtype == jnp.bfloat16
+    expected = attention_loop(*(np.asarray(x, np.float64) for x in (q, k, v)))
+    np.testing.assert_allclose(np.asarray(out, np.float64), expected, rtol=8e-3, atol=8e-3)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"k": (1, 9, 3, 8)}, "B, T|S, heads, D"),
+        ({"k": (1, 9, 3, 8), "v": (1, 9, 3, 8)}, "do not match"),
+        ({"window": 0}, "window=0"),
+        ({"q_segments": (1, 9)}, "together"),
+        ({"q_segments": (1, 9), "kv_segments": (1, 8)}, r"\[B, S\]"),
+        ({"sink": (3,)}, "sink"),
+    ],
+)
+def test_attention_says_what_does_not_fit(change: dict[str, Any], message: str) -> None:
+    shapes = {"q": (1, 9, 4, 8), "k": (1, 9, 2, 8), "v": (1, 9, 2, 8)} | change
+    arguments = {x: jnp.zeros(s) if isinstance(s, tuple) else s for x, s in shapes.items()}
+    with pytest.raises(ValueError, match=message):
+        flash_attention(**arguments)
+
+
+# Experts -----------------------------------------------------------------------------------------
+
+# name: (T, K, E, D, F), how ids are chosen.
+EXPERTS: dict[str, tuple[tuple[int, ...], str]] = {
+    "one-token": ((1, 2, 4, 8, 12), "distinct"),
+    "decode": ((5, 3, 8, 8, 12), "any"),
+    "decode-absent": ((4, 3, 8, 8, 12), "absent"),
+    "distinct": ((200, 2, 8, 16, 24), "distinct"),
+    "repeated": ((150, 3, 4, 16, 24), "any"),
+    "every-expert": ((60, 5, 5, 8, 12), "distinct"),
+    "one-expert": ((130, 1, 1, 8, 12), "any"),
+    "all-to-one": ((140, 2, 6, 8, 12), "last"),
+    "more-experts-than-pairs": ((20, 1, 64, 8, 12), "any"),
+    "absent": ((170, 2, 4, 8, 12), "absent"),
+    "nobody": ((40, 2, 4, 8, 12), "none"),
+    "tall-blocks": ((1100, 1, 1, 8, 12), "any"),
+    "medium-blocks": ((600, 2, 2, 8, 12), "any"),
+}
+
+
+def expert_case(name: str) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    (T, K, E, D, F), choice = EXPERTS[name]
+    rng = np.random.default_rng(7)
+    ids = {
+        "distinct": lambda: rng.random((T, E)).argsort(axis=1)[:, :K],
+        "any": lambda: rng.integers(0, E, (T, K)),
+        "absent": lambda: rng.integers(0, E + 1, (T, K)),
+        "last": lambda: np.full((T, K), E - 1),
+        "none": lambda: np.full((T, K), E),
+    }[choice]()
+    arrays = {
+        "x": normal(1, T, D),
+        "weights": normal(2, T, K),
+        "w_gate": normal(3, E, D, F, scale=D**-0.5),
+        "w_up": normal(4, E, D, F, scale=D**-0.5),
+        "w_down": normal(5, E, F, D, scale=F**-0.5),
+    }
+    return arrays, ids.astype(np.int32)
+
+
+@functools.cache
+def expert_results(name: str, impl: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    arrays, ids = expert_case(name)
+    along = normal(6, *arrays["x"].shape)
+
+    def forward(arrays: dict[str, jax.Array], ids: jax.Array) -> tuple[jax.Array, jax.Array]:
+        out = expert_mlp(expert_ids=ids, **arrays, impl=impl)
+        return (out * along).sum(), out
+
+    inputs = jax.tree.map(jnp.asarray, arrays)
+    run = compiled(jax.value_and_grad(forward, has_aux=True), impl)
+    (_, out), gradients = run(inputs, jnp.asarray(ids))
+    return np.asarray(out), {key: np.asarray(g) for key, g in gradients.items()}
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+@pytest.mark.parametrize("impl", fast(experts))
+def test_experts(impl: str, name: str) -> None:
+    out, gradients = expert_results(name, impl)
+    expected, expected_gradients = expert_results(name, "reference")
+    np.testing.assert_allclose(out, expected, **FORWARD)
+    if name.startswith(("one-token", "decode", "nobody", "distinct")):
+        # Not differentiated, few pairs take another path, and others keep nothing.
+        arrays, ids = expert_case(name)
+        plain = jax.jit(functools.partial(expert_mlp, impl=impl))(expert_ids=ids, **arrays)
+        np.testing.assert_allclose(plain, expected, **FORWARD)
+    for key, want in expected_gradients.items():
+        np.testing.assert_allclose(gradients[key], want, **GRADIENT, err_msg=key)
+
+
+@pytest.mark.parametrize("name", ["decode-absent", "repeated"])
+def test_experts_reference_is_the_definition(name: str) -> None:
+    arrays, ids = expert_case(name)
+    wide = {x: a.astype(np.float64) for x, a in arrays.items()}
+    expected = np.zeros(wide["x"].shape)
+    for t, choice in np.ndindex(ids.shape):
+        e = ids[t, choice]
+        if e < len(wide["w_gate"]):
+            gate, up = wide["x"][t] @ wide["w_gate"][e], wide["x"][t] @ wide["w_up"][e]
+            y = (gate * expit(gate) * up) @ wide["w_down"][e]
+            expected[t] += wide["weights"][t, choice] * y
+    with jax.enable_x64(True):
+        for impl in experts.IMPLEMENTATIONS:
+            out = expert_mlp(expert_ids=jnp.asarray(ids), **wide, impl=impl)
+            np.testing.assert_allclose(out, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("impl", fast(experts))
+def test_experts_row_does_not_depend_on_the_others(impl: str) -> None:
+    arrays, ids = expert_case("repeated")
+    changed = arrays | {"x": normal(11, *arrays["x"].shape)}
+    other_ids = np.random.default_rng(12).integers(0, 5, ids.shape).astype(np.int32)
+    changed["x"][17], changed["weights"] = arrays["x"][17], arrays["weights"]
+    other_ids[17] = ids[17]
+    first = expert_mlp(expert_ids=jnp.asarray(ids), **arrays, impl=impl)
+    second = expert_mlp(expert_ids=jnp.asarray(other_ids), **changed, impl=impl)
+    np.testing.assert_allclose(first[17], second[17], rtol=1e-6, atol=1e-6)
+
+
+def test_experts_say_what_does_not_fit() -> None:
+    arrays, ids = expert_case("decode")
+    with pytest.raises(ValueError, match=r"w_down \[8, 8, 12\]"):
+        expert_mlp(expert_ids=ids, **(arrays | {"w_down": arrays["w_up"]}))
+
+
+# Dispatch ----------------------------------------------------------------------------------------
+
+
+def unsupported(*_: Any) -> str:
+    raise NotImplementedError("not for these shapes")
+
+
+def test_dispatch_tries_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(dispatch.ENVIRONMENT, raising=False)
+    table = {"reference": lambda: "slow", "xla": unsupported}
+    assert dispatch.dispatch("thing", table, None) == "slow"
+    with pytest.raises(NotImplementedError, match="not for these shapes"):
+        dispatch.dispatch("thing", table, "xla")
+    with pytest.raises(NotImplementedError, match="thing on cpu: xla: not for these shapes"):
+        dispatch.dispatch("thing", {"xla": unsupported}, None)
+
+
+def test_dispatch_obeys_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = {"reference": lambda: "slow", "xla": lambda: "fast"}
+    monkeypatch.setenv(dispatch.ENVIRONMENT, "reference")
+    assert dispatch.dispatch("thing", table, None) == "slow"
+    assert dispatch.dispatch("thing", table, "xla") == "fast"
+    with pytest.raises(ValueError, match="expected one of reference, xla"):
+        dispatch.dispatch("thing", table, "cuda")
+    monkeypatch.setenv(dispatch.ENVIRONMENT, "cuda")
+    with pytest.raises(UsageError, match="GEMTOOL_KERNELS=cuda"):
+        dispatch.dispatch("thing", table, None)

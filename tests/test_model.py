@@ -1,0 +1,497 @@
+"""The decoder: steps equal the whole, documents stay apart, experts hold at their extremes."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gemtool.errors import GemtoolError
+from gemtool.model import cache as caches
+from gemtool.model import moe, params, transformer
+from gemtool.model.batch import Batch, MediaGroups
+from gemtool.model.config import (
+    EncoderConfig,
+    LayerKind,
+    ModelConfig,
+    MoEConfig,
+    load_preset,
+)
+from gemtool.model.layers import rotary, round_to
+
+GOLDEN = Path(__file__).parent / "golden"
+
+WINDOW = LayerKind("L", "window", 2, 2, 8, 16, rope_theta=1e4, qk_conv=4)
+RECALL = LayerKind(
+    "G", "full", 2, 1, 16, sink=True, qk_conv=8, conv_init="spread", key_shift=1, tie_qk_init=True
+)
+ROTARY = LayerKind("R", "full", 4, 2, 8, rope_theta=1e4, qk_norm="rms")
+PLAIN = LayerKind(
+    "P", "window", 2, 1, 8, 16, rope_theta=1e4, qk_norm="none", sink=True, key_shift=1
+)
+
+TINY = ModelConfig(
+    name="tiny",
+    vocab_size=97,
+    d_model=32,
+    layers="LGL",
+    kinds=(WINDOW, RECALL),
+    d_ff=48,
+    moe=MoEConfig(experts=4, top_k=2, d_expert=16),
+    encoders=(
+        EncoderConfig("visual", tokens=16, features=12, hidden=24, depth=1),
+        EncoderConfig("audio", tokens=5, features=10, hidden=24),
+    ),
+    kv_dtype="float32",
+)
+IMPORTED = dataclasses.replace(
+    TINY,
+    layers="PRR",
+    kinds=(PLAIN, ROTARY),
+    moe=MoEConfig(4, 2, 16, shared_experts=1, balance="auxiliary", score="sigmoid"),
+    tie_embeddings=False,
+)
+LENGTH = 130
+
+# Hidden states are of size one. Steps multiply matrices of other shapes than the whole does, so sums
+# differ in their last bits; a float16 cache turns some of those into the next float16 value.
+TOLERANCE = {"float32": 1e-4, "float16": 5e-3}
+
+
+def random_params(config: ModelConfig, seed: int = 0) -> params.Tree:
+    """Initial parameters, disturbed so that no zero or one among them hides a mistake."""
+    rng = np.random.default_rng(seed)
+    flat = params.flatten(params.init_params(config, jax.random.key(seed)))
+    disturbed = {
+        path: leaf + rng.normal(scale=0.05, size=leaf.shape).astype(np.float32)
+        for path, leaf in flat.items()
+    }
+    return params.unflatten(disturbed)
+
+
+def random_tokens(seed: int, batch_size: int = 2, length: int = LENGTH) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).integers(0, 97, (batch_size, length), np.int32))
+
+
+def random_media(seed: int) -> dict[str, MediaGroups]:
+    """Two frames and a short second of audio in sequences of LENGTH, and an absent group."""
+    rng = np.random.default_rng(seed)
+    at = np.array([3, LENGTH + 60, 2 * LENGTH], np.int32)
+    return {
+        "visual": MediaGroups(
+            rng.integers(0, 256, (3, 16, 12), np.uint8), at, np.array([16, 16, 16], np.int32)
+        ),
+        "audio": MediaGroups(
+            rng.normal(size=(1, 5, 10)).astype(np.float16),
+            np.array([30], np.int32),
+            np.array([3], np.int32),
+        ),
+    }
+
+
+def batch_of(
+    tokens: jax.Array,
+    segments: jax.Array | None = None,
+    positions: jax.Array | None = None,
+    media: dict[str, MediaGroups] | None = None,
+) -> Batch:
+    if segments is None:
+        segments = jnp.ones_like(tokens)
+    if positions is None:
+        positions = jnp.broadcast_to(
+            jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :], tokens.shape
+        )
+    weights = jnp.ones(tokens.shape, jnp.float32)
+    return Batch(tokens, segments, positions, tokens, weights, media or {})
+
+
+@partial(jax.jit, static_argnums=1)
+def jitted_forward(p: params.Tree, config: ModelConfig, batch: Batch) -> Any:
+    return transformer.forward(p, config, batch)
+
+
+@partial(jax.jit, static_argnums=1)
+def jitted_step(p: params.Tree, config: ModelConfig, x: jax.Array, cache: Any, valid: Any) -> Any:
+    return transformer.step(p, config, x, cache, valid)
+
+
+@partial(jax.jit, static_argnums=1)
+def jitted_step_kv(p: params.Tree, config: ModelConfig, x: jax.Array, cache: Any, n: Any) -> Any:
+    return transformer.step_kv(p, config, x, cache, n)
+
+
+def run_steps(
+    p: params.Tree, config: ModelConfig, x: jax.Array, chunk: int, cache: Any = None
+) -> tuple[jax.Array, Any]:
+    """All of x [B, T, D] in steps of ``chunk``; the last one is padded with noise."""
+    length = x.shape[1]
+    if cache is None:
+        cache = caches.init_cache(config, x.shape[0], length + chunk)
+    noise = jax.random.normal(jax.random.key(9), (x.shape[0], chunk, x.shape[2]))
+    padded = jnp.concatenate([x, noise], axis=1)
+    hidden = []
+    for start in range(0, length, chunk):
+        valid = min(chunk, length - start)
+        part = padded[:, start : start + chunk]
+        y, cache = jitted_step(p, config, part, cache, jnp.asarray(valid, jnp.int32))
+        hidden.append(y[:, :valid])
+    return jnp.concatenate(hidden, axis=1), cache
+
+
+def assert_close(actual: jax.Array, expected: jax.Array, kv_dtype: str = "float32") -> None:
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=TOLERANCE[kv_dtype])
+
+
+# --- steps equal the whole ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "config",
+    [TINY, IMPORTED, dataclasses.replace(TINY, kv_dtype="float16")],
+    ids=["tiny", "imported", "float16"],
+)
+def test_steps_of_any_size_equal_forward(config: ModelConfig) -> None:
+    p = random_params(config)
+    tokens, media = random_tokens(1), random_media(2)
+    whole, _ = jitted_forward(p, config, batch_of(tokens, media=media))
+    x = transformer.embed(p, config, tokens, media)
+    for chunk in (1, 3, 64, 100):
+        hidden, cache = run_steps(p, config, x, chunk)
+        assert_close(hidden, whole, config.kv_dtype)
+        assert int(cache.length) == LENGTH
+
+
+def test_chunk_sizes_may_change_between_steps() -> None:
+    p, tokens = random_params(TINY), random_tokens(3)
+    whole, _ = jitted_forward(p, TINY, batch_of(tokens))
+    x = transformer.embed(p, TINY, tokens)
+    cache = caches.init_cache(TINY, 2, LENGTH + 64)
+    first, cache = run_steps(p, TINY, x[:, :70], 64, cache)
+    second, cache = run_steps(p, TINY, x[:, 70:90], 1, cache)
+    third, _ = run_steps(p, TINY, x[:, 90:], 3, cache)
+    assert_close(jnp.concatenate([first, second, third], axis=1), whole)
+
+
+def test_kv_only_prefill_is_exact_beyond_its_reach() -> None:
+    config = dataclasses.replace(TINY, layers="LGLL", moe=None)
+    p = random_params(config)
+    x = transformer.embed(p, config, random_tokens(4))
+    whole, _ = run_steps(p, config, x, 64)
+    reach = transformer.tail_reach(config)
+    assert reach == 2 * (15 + 3)
+    skipped = LENGTH - 1 - reach
+    assert skipped > 64
+    cache = caches.init_cache(config, 2, LENGTH + 64)
+    for start in range(0, skipped, 64):
+        valid = min(64, skipped - start)
+        part = x[:, start : start + 64]
+        cache = jitted_step_kv(p, config, part, cache, jnp.asarray(valid, jnp.int32))
+    tail, _ = run_steps(p, config, x[:, skipped:], 16, cache)
+    assert_close(tail[:, -1], whole[:, -1])
+    assert float(jnp.abs(tail[:, 0] - whole[:, skipped]).max()) > 0.01  # within reach: not exact
+
+
+def test_longer_input_does_not_change_earlier_states() -> None:
+    p, tokens = random_params(TINY), random_tokens(5)
+    whole, _ = jitted_forward(p, TINY, batch_of(tokens))
+    for length in (1, 17, 100):
+        short, _ = jitted_forward(p, TINY, batch_of(tokens[:, :length]))
+        assert_close(short, whole[:, :length])
+    changed, _ = jitted_forward(p, TINY, batch_of(tokens.at[:, 100].add(-tokens[:, 100])))
+    assert_close(changed[:, :100], whole[:, :100])
+    assert float(jnp.abs(changed[:, 100:] - whole[:, 100:]).max()) > 0.01
+
+
+def test_cache_grows_and_round_trips_through_arrays() -> None:
+    config = dataclasses.replace(TINY, kv_dtype="float16")
+    p = random_params(config)
+    x = transformer.embed(p, config, random_tokens(6))
+    _, cache = run_steps(p, config, x[:, :60], 20)
+    state = caches.state_arrays(config, cache)
+    blocks = caches.block_arrays(config, cache, 0, 60)
+    assert set(blocks) == {"layers/1/k", "layers/1/v"}
+    assert blocks["layers/1/k"].shape == (2, 60, 1, 16)
+    assert blocks["layers/1/k"].dtype == np.float16
+    restored = caches.restore(config, state, blocks, capacity=200)
+    grown = caches.grow(config, cache, 200)
+    assert caches.capacity_of(config, restored) == caches.capacity_of(config, grown) == 200
+    a, _ = run_steps(p, config, x[:, 60:], 10, restored)
+    b, _ = run_steps(p, config, x[:, 60:], 10, grown)
+    np.testing.assert_array_equal(a, b)
+
+
+def test_equal_shapes_compile_once() -> None:
+    p = random_params(TINY)
+    run = jax.jit(transformer.step, static_argnums=1, donate_argnums=3)
+    cache = caches.init_cache(TINY, 1, 64)
+    x = transformer.embed(p, TINY, random_tokens(7, 1, 8))
+    for valid in (8, 5, 8):
+        # The config is made anew: equal, not the same object.
+        config = ModelConfig.from_dict(TINY.to_dict())
+        _, cache = run(p, config, x, cache, jnp.asarray(valid, jnp.int32))
+    assert run._cache_size() == 1
+
+
+# --- packed documents -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("config", [TINY, IMPORTED], ids=["tiny", "imported"])
+def test_packed_documents_do_not_see_each_other(config: ModelConfig) -> None:
+    p, tokens = random_params(config), random_tokens(8, 1)
+    edges = [(0, 50, 1), (50, 53, 2), (53, 120, 3), (120, LENGTH, 0)]
+    segments = np.zeros((1, LENGTH), np.int32)
+    positions = np.zeros((1, LENGTH), np.int32)
+    for start, stop, segment in edges:
+        segments[:, start:stop] = segment
+        positions[:, start:stop] = np.arange(stop - start)
+    packed = batch_of(tokens, jnp.asarray(segments), jnp.asarray(positions))
+    hidden, aux = jitted_forward(p, config, packed)
+    for start, stop, segment in edges:
+        if segment:
+            alone, _ = jitted_forward(p, config, batch_of(tokens[:, start:stop]))
+            assert_close(hidden[:, start:stop], alone)
+    # Padding neither counts as load nor changes it.
+    other = dataclasses.replace(packed, tokens=tokens.at[:, 120:].set(0))
+    _, aux_other = jitted_forward(p, config, other)
+    for layer, load in aux["load"].items():
+        np.testing.assert_allclose(jnp.sum(load), 1.0, atol=1e-6)
+        np.testing.assert_array_equal(load, aux_other["load"][layer])
+
+
+def test_media_fill_their_soft_positions_only() -> None:
+    p, tokens, media = random_params(TINY), random_tokens(9), random_media(10)
+    plain = transformer.embed(p, TINY, tokens).reshape(-1, 32)
+    mixed = transformer.embed(p, TINY, tokens, media).reshape(-1, 32)
+    frames = transformer.encode_media(p, TINY, "visual", media["visual"].values)
+    sound = transformer.encode_media(p, TINY, "audio", media["audio"].values)
+    expected = np.array(plain)
+    expected[3:19], expected[LENGTH + 60 : LENGTH + 76] = frames[0], frames[1]
+    expected[30:33] = sound[0, :3]
+    np.testing.assert_array_equal(mixed, expected)
+    with pytest.raises(GemtoolError, match="no audio encoder"):
+        transformer.encode_media(p, dataclasses.replace(TINY, encoders=()), "audio", sound)
+
+
+def test_flat_patches_and_silence_are_finite() -> None:
+    p = random_params(TINY)
+    flat = jnp.full((1, 16, 12), 255, jnp.uint8)
+    assert bool(jnp.isfinite(transformer.encode_media(p, TINY, "visual", flat)).all())
+
+
+# --- recall by construction -----------------------------------------------------------------------
+
+
+def test_recall_layer_points_at_what_followed_before_training() -> None:
+    """At initialisation, the query after a repeated phrase matches the key of the token that came
+    after the phrase the first time."""
+    from gemtool.model import attention
+
+    kind = dataclasses.replace(RECALL, heads=1, head_dim=32, qk_conv=4)
+    config = dataclasses.replace(TINY, kinds=(WINDOW, kind), layers="G")
+    p = params.init_params(config, jax.random.key(0))["layers"]["0"]["attention"]
+    x = jax.random.normal(jax.random.key(1), (1, 60, 32))
+    x = x.at[:, 50:58].set(x[:, 10:18])  # the phrase 10..17 again at 50..57: 58 should find 18
+    q, k, _ = attention._project(p, config, kind, jnp.pad(x, ((0, 0), (4, 0), (0, 0))))
+    scores = jnp.einsum("hd,sd->hs", q[0, 57], k[0, :58, 0])
+    assert int(jnp.argmax(scores)) == 18
+
+
+# --- experts --------------------------------------------------------------------------------------
+
+
+def expert_setup(**changes: Any) -> tuple[params.Tree, MoEConfig, jax.Array]:
+    mixture = dataclasses.replace(TINY.moe, **changes)
+    config = dataclasses.replace(TINY, moe=mixture)
+    x = jax.random.normal(jax.random.key(3), (40, 32))
+    return random_params(config)["layers"]["1"]["moe"], mixture, x
+
+
+def naive_experts(p: params.Tree, mixture: MoEConfig, x: jax.Array) -> jax.Array:
+    ids, weights, _, _ = moe.route(p, mixture, x)
+    rows = []
+    for row, chosen, share in zip(x, np.asarray(ids), weights, strict=True):
+        hidden = [jax.nn.silu(row @ p["gate"][e]) * (row @ p["up"][e]) for e in chosen]
+        outs = [w * (h @ p["down"][e]) for w, h, e in zip(share, hidden, chosen, strict=True)]
+        rows.append(sum(outs[1:], outs[0]))
+    return jnp.stack(rows)
+
+
+@pytest.mark.parametrize("case", ["plain", "tie", "one expert", "empty expert"])
+def test_experts_equal_a_loop_over_tokens(case: str) -> None:
+    p, mixture, x = expert_setup()
+    if case == "tie":
+        p = {**p, "router": jnp.zeros_like(p["router"]), "bias": jnp.zeros((4,))}
+    if case == "one expert":
+        mixture = dataclasses.replace(mixture, top_k=1)
+        p = {**p, "bias": jnp.asarray([0.0, 9.0, 0.0, 0.0])}
+    if case == "empty expert":
+        p = {**p, "bias": jnp.asarray([0.0, 0.0, -9.0, 0.0])}
+    present = jnp.ones((40,), bool)
+    y, stats = moe.moe_mlp(p, mixture, x, present)
+    np.testing.assert_allclose(y, naive_experts(p, mixture, x), atol=1e-5)
+    expected = {"tie": [0.5, 0.5, 0, 0], "one expert": [0, 1, 0, 0]}
+    if case in expected:
+        np.testing.assert_allclose(stats["load"], expected[case], atol=1e-6)
+    if case == "empty expert":
+        assert float(stats["load"][2]) == 0
+
+
+def test_absent_tokens_get_nothing() -> None:
+    p, mixture, x = expert_setup()
+    present = jnp.arange(40, dtype=jnp.int32) < 30
+    y, stats = moe.moe_mlp(p, mixture, x, present)
+    alone, stats_alone = moe.moe_mlp(p, mixture, x[:30], present[:30])
+    np.testing.assert_allclose(y[:30], alone, atol=1e-6)
+    assert not np.asarray(y[30:]).any()
+    for name, value in stats.items():
+        np.testing.assert_allclose(value, stats_alone[name], rtol=1e-5)
+
+
+def test_bias_updates_bring_balance() -> None:
+    p, mixture, x = expert_setup(bias_rate=0.02)
+    p = {**p, "bias": jnp.asarray([3.0, 0.0, 0.0, -3.0])}
+    config = dataclasses.replace(TINY, moe=mixture)
+    tree: params.Tree = {"layers": {"1": {"moe": p}}}
+    present = jnp.ones((40,), bool)
+    for _ in range(400):
+        _, stats = moe.moe_mlp(tree["layers"]["1"]["moe"], mixture, x[:, :], present)
+        tree = moe.update_biases(tree, config, {"1": stats["load"]})
+    assert float(jnp.abs(stats["load"] - 0.25).max()) < 0.06
+    untouched = moe.update_biases(tree, IMPORTED, {"1": stats["load"]})
+    assert untouched is tree
+
+
+# --- gradients ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("config", [TINY, IMPORTED], ids=["tiny", "imported"])
+def test_every_parameter_has_a_finite_gradient(config: ModelConfig) -> None:
+    config = dataclasses.replace(config, kv_dtype="float16")
+    batch = batch_of(random_tokens(11), media=random_media(12))
+
+    def loss(p: params.Tree) -> jax.Array:
+        hidden, aux = transformer.forward(p, config, batch)
+        scores = jax.nn.log_softmax(transformer.logits(p, config, hidden))
+        targets = jnp.roll(batch.tokens, -1, axis=1)
+        return aux["loss"] - jnp.mean(jnp.take_along_axis(scores, targets[..., None], axis=-1))
+
+    gradient = params.flatten(
+        jax.jit(jax.grad(loss))(params.init_params(config, jax.random.key(0)))
+    )
+    for path, leaf in gradient.items():
+        assert bool(jnp.isfinite(leaf).all()), path
+        assert bool((leaf != 0).any()) != params.is_balance_bias(path), path
+
+
+def test_rounding_keeps_gradients_and_clips() -> None:
+    x = jnp.asarray([1.0001, -3e5, 1e-9, 0.3], jnp.float32)
+    rounded = round_to(x, "float16")
+    np.testing.assert_array_equal(rounded[:1], np.float16(x[:1]).astype(np.float32))
+    np.testing.assert_array_equal(rounded[1:3], np.array([-65504, 0], np.float32))
+    np.testing.assert_array_equal(rounded.astype(jnp.float16).astype(jnp.float32), rounded)
+    gradient = jax.grad(lambda v: jnp.sum(round_to(v, "float16") * 1e-6))(x)
+    np.testing.assert_array_equal(gradient, np.full(4, 1e-6, np.float32))
+
+
+def test_rotary_scores_depend_on_distance_only() -> None:
+    q, k = jax.random.normal(jax.random.key(0), (2, 1, 1, 1, 8))
+
+    def score(at: int, distance: int) -> jax.Array:
+        a = rotary(q, jnp.full((1, 1), at + distance, jnp.int32), 1e4)
+        b = rotary(k, jnp.full((1, 1), at, jnp.int32), 1e4)
+        return jnp.sum(a * b)
+
+    np.testing.assert_allclose(score(0, 5), score(900, 5), atol=1e-4)
+    assert abs(float(score(0, 5) - score(0, 6))) > 1e-3
+
+
+# --- parameters and configuration -----------------------------------------------------------------
+
+
+def test_nano_parameters_are_as_recorded() -> None:
+    """On purpose? Write params.describe(config) to tests/golden/nano.txt and review the difference."""
+    assert params.describe(load_preset("nano")) == (GOLDEN / "nano.txt").read_text("utf-8")
+
+
+@pytest.mark.parametrize("config", [TINY, IMPORTED], ids=["tiny", "imported"])
+def test_the_table_describes_the_arrays(config: ModelConfig) -> None:
+    arrays = params.flatten(params.init_params(config, jax.random.key(0)))
+    specs = params.flatten(params.param_specs(config))
+    abstract = params.flatten(params.abstract_params(config))
+    assert arrays.keys() == specs.keys() == abstract.keys()
+    for path, array in arrays.items():
+        assert array.shape == specs[path].shape == abstract[path].shape, path
+        assert array.dtype == abstract[path].dtype, path
+        assert not array.weak_type, path
+        assert len(specs[path].axes) == array.ndim, path
+    total, active = params.count_params(config)
+    assert total == sum(array.size for array in arrays.values())
+    assert total - active == 2 * 3 * 32 * 16 * 2  # two layers in which two of four experts sleep
+
+
+def test_initial_values_depend_on_the_path_only() -> None:
+    one = params.flatten(params.init_params(TINY, jax.random.key(0)))
+    taller = dataclasses.replace(TINY, layers="LGLG")
+    two = params.flatten(params.init_params(taller, jax.random.key(0)))
+    np.testing.assert_array_equal(one["layers/1/attention/k"], two["layers/1/attention/k"])
+    assert (one["layers/0/attention/k"] != one["layers/0/attention/v"]).any()
+    heads = one["layers/1/attention/q"]
+    np.testing.assert_array_equal(heads[:, :1], one["layers/1/attention/k"])
+    np.testing.assert_array_equal(heads[:, 1:], one["layers/1/attention/k"])
+
+
+@pytest.mark.parametrize("config", [TINY, IMPORTED, load_preset("nano")], ids=lambda c: c.layers)
+def test_config_round_trips_through_toml(config: ModelConfig) -> None:
+    import tomllib
+
+    import tomli_w
+
+    text = tomli_w.dumps({"model": config.to_dict()})
+    again = ModelConfig.from_dict(tomllib.loads(text)["model"])
+    assert again == config
+    assert hash(again) == hash(config)
+
+
+@pytest.mark.parametrize(
+    ("where", "key", "value", "message"),
+    [
+        ((), "d_modle", 3, "model: unknown key 'd_modle'; did you mean 'd_model'?"),
+        ((), "d_model", "wide", "model: d_model must be int, not 'wide'"),
+        ((), "layers", "LXL", "names the kind 'X'"),
+        ((), "kv_dtype", "int3", "kv_dtype must be one of float16, float32"),
+        (("kinds", "L"), "windw", 3, "model.kinds.L: unknown key 'windw'; did you mean 'window'?"),
+        (("kinds", "L"), "window", 0, "window must be positive for window attention"),
+        (("kinds", "G"), "kv_heads", 3, r"heads \(2\) must be a multiple of kv_heads \(3\)"),
+        (("kinds", "G"), "sink", 1, "sink must be bool"),
+        (("moe",), "top_k", 9, r"top_k \(9\) must not exceed experts \(4\)"),
+        (("encoders", "visual"), "tokens", 15, "square number"),
+    ],
+)
+def test_bad_configs_say_what_is_wrong(where: Any, key: str, value: Any, message: str) -> None:
+    table = TINY.to_dict()
+    node = table
+    for name in where:
+        node = node[name]
+    node[key] = value
+    with pytest.raises(GemtoolError, match=message):
+        ModelConfig.from_dict(table)
+
+
+def test_missing_key_and_unknown_preset() -> None:
+    table = TINY.to_dict()
+    del table["d_ff"]
+    with pytest.raises(GemtoolError, match="model: missing d_ff"):
+        ModelConfig.from_dict(table)
+    with pytest.raises(GemtoolError, match="unknown preset 'nona'; did you mean 'nano'"):
+        load_preset("nona")
+
+
+def test_nano_is_small() -> None:
+    total, active = params.count_params(load_preset("nano"))
+    assert 3e6 < active < total < 6e6

@@ -1,0 +1,217 @@
+"""The text needle: cases as the protocol says, rows as they are done, resumed, summed up, drawn."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gemtool.cmd.probe import parse_lengths, read_haystack
+from gemtool.data.vocab import Vocab
+from gemtool.errors import GemtoolError, UsageError
+from gemtool.probes.needle import CITIES, NEEDLE, Case, cases, score, sentence_ends
+from gemtool.probes.plot import grid, plot_heat_map, short_count
+from tests.conftest import ROOT, Command, command_environment
+
+
+@pytest.fixture(scope="module")
+def vocab() -> Vocab:
+    return Vocab.load()
+
+
+@pytest.fixture(scope="module")
+def haystack() -> str:
+    return read_haystack(None)
+
+
+def some_cases(vocab: Vocab, haystack: str, seed: int = 0) -> list[Case]:
+    found = cases(vocab, haystack, lengths=[2000, 500], depths=3, repetitions=2, seed=seed)
+    return list(found)
+
+
+def test_the_grid(vocab: Vocab, haystack: str) -> None:
+    found = some_cases(vocab, haystack)
+    assert [(c.length, c.depth, c.case) for c in found] == [
+        (length, depth, case)
+        for length in (500, 2000)
+        for depth in (0.0, 0.5, 1.0)
+        for case in (0, 1)
+    ]
+
+
+def test_every_context_hides_its_needle_once(vocab: Vocab, haystack: str) -> None:
+    ends = np.array(
+        sorted(set(vocab.encode(haystack)[sentence_ends(vocab, vocab.encode(haystack)) - 1]))
+    )
+    for case in some_cases(vocab, haystack):
+        assert len(case.context) == case.length
+        assert case.context.dtype == np.int32
+        text = vocab.decode(case.context)
+        assert text.count("The special magic") == 1
+        assert text.count(case.answer) == 1
+        city = case.question.removeprefix("What is the special magic ").removesuffix(" number?")
+        assert city in CITIES
+        assert NEEDLE.format(city=city, number=case.answer) in text
+        assert case.prefix == f"The special magic {city} number is:"
+        # Between two sentences, near the depth that was asked for.
+        place = case.needle_at / case.length
+        assert abs(place - case.depth) < 0.15
+        if 0 < case.needle_at < case.length - 40:
+            assert case.context[case.needle_at - 1] in ends
+
+
+def test_a_case_depends_on_its_place_and_the_seed_only(vocab: Vocab, haystack: str) -> None:
+    alone = cases(vocab, haystack, lengths=[2000], depths=3, repetitions=1, seed=0)
+    known = {(c.depth, c.case): c for c in some_cases(vocab, haystack) if c.length == 2000}
+    for case in alone:
+        np.testing.assert_array_equal(case.context, known[case.depth, case.case].context)
+    others = some_cases(vocab, haystack, seed=1)
+    same = [a.answer == b.answer for a, b in zip(others, some_cases(vocab, haystack), strict=True)]
+    assert not any(same)
+
+
+def test_a_short_haystack_is_repeated(vocab: Vocab) -> None:
+    text = "One sentence here. Another sentence there. " * 20
+    (case,) = cases(vocab, text, lengths=[3000], depths=1, repetitions=1, seed=0)
+    assert len(case.context) == 3000
+
+
+def test_impossible_cases_are_refused(vocab: Vocab, haystack: str) -> None:
+    with pytest.raises(GemtoolError, match="no room"):
+        list(cases(vocab, haystack, lengths=[30], depths=1, repetitions=1, seed=0))
+    with pytest.raises(GemtoolError, match="haystack"):
+        list(cases(vocab, "short.", lengths=[500], depths=1, repetitions=1, seed=0))
+
+
+def test_score(vocab: Vocab, haystack: str) -> None:
+    case = some_cases(vocab, haystack)[0]
+    assert score(case, f" {case.answer}. And so on") == 1.0
+    assert score(case, case.answer[:-1]) == 0.0
+    assert score(case, "") == 0.0
+
+
+def test_parse_lengths() -> None:
+    assert parse_lengths("1k,256k, 10M,5000,1.5k") == [1000, 256_000, 10_000_000, 5000, 1500]
+    for bad in ("", "k", "1k,,2k", "1g", "ten"):
+        with pytest.raises(UsageError, match="--lengths"):
+            parse_lengths(bad)
+
+
+def test_grid_and_picture(tmp_path: Path) -> None:
+    rows = [
+        {"length": 1000, "depth": 0.0, "score": 1.0},
+        {"length": 1000, "depth": 0.0, "score": 0.0},
+        {"length": 4000, "depth": 1.0, "score": 1.0},
+    ]
+    lengths, depths, mean, count = grid(rows)
+    assert (lengths, depths) == ([1000, 4000], [0.0, 1.0])
+    np.testing.assert_array_equal(mean, [[0.5, np.nan], [np.nan, 1.0]])
+    assert count.tolist() == [[2, 0], [0, 1]]
+    plot_heat_map(rows, tmp_path / "grid.png", title="a grid")
+    assert (tmp_path / "grid.png").read_bytes().startswith(b"\x89PNG")
+    assert [short_count(n) for n in (500, 1000, 1500, 10_500_000)] == ["500", "1k", "1.5k", "10.5M"]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with random parameters, through the real command."""
+    folder = tmp_path_factory.mktemp("probe")
+    shell = (
+        "echo some text | {g} tokenize | {g} pack --length 64 | {g} shard -q -o shards && "
+        "{g} train -q --data shards --model {root}/tests/tiny.toml --steps 1 --batch 1 --ckpt run"
+    ).format(g=f"{sys.executable} -m gemtool", root=ROOT)
+    subprocess.run(
+        shell, shell=True, check=True, cwd=folder, env=command_environment(), capture_output=True
+    )
+    return folder / "run"
+
+
+GRID = ("--lengths", "200,300", "--depths", "2", "--cases", "2")
+
+
+def test_a_row_a_case(gemtool: Command, checkpoint: Path, tmp_path: Path) -> None:
+    done = gemtool("probe", "needle", "--ckpt", checkpoint, *GRID, "--plot", "grid.png")
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(rows) == 8
+    wanted = {"probe", "length", "depth", "case", "answer", "text", "score", "seed", "model"}
+    assert all(wanted <= set(row) for row in rows)
+    assert (tmp_path / "grid.png").exists()
+
+    summary = gemtool("probe", "needle", "--ckpt", checkpoint, *GRID, "--summary")
+    cells = [json.loads(line) for line in summary.stdout.splitlines()]
+    assert [(c["length"], c["depth"], c["cases"]) for c in cells] == [
+        (200, 0.0, 2),
+        (200, 1.0, 2),
+        (300, 0.0, 2),
+        (300, 1.0, 2),
+    ]
+
+
+def without_time(data: bytes) -> list[dict[str, object]]:
+    rows = [json.loads(line) for line in data.splitlines()]
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+
+
+def test_killed_and_resumed(gemtool: Command, checkpoint: Path, tmp_path: Path) -> None:
+    """Rows of the killed run are kept, the file appears when all are there, then nothing is done."""
+    arguments = ["probe", "needle", "--ckpt", str(checkpoint), *GRID, "-o", "rows.jsonl"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "gemtool", *arguments],
+        cwd=tmp_path,
+        env=command_environment(),
+        stderr=subprocess.DEVNULL,
+    )
+    partial = tmp_path / "rows.jsonl.partial"
+    deadline = time.monotonic() + 60
+    while not (partial.exists() and partial.stat().st_size) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "rows.jsonl").exists()
+    kept = partial.read_bytes()
+    partial.write_bytes(kept + b'{"cut off')
+
+    gemtool(*arguments, "--resume")
+    assert not partial.exists()
+    resumed = (tmp_path / "rows.jsonl").read_bytes()
+    assert resumed.startswith(kept)
+    whole = gemtool(*arguments[:-2]).stdout
+    assert without_time(resumed) == without_time(whole)
+
+    before = (tmp_path / "rows.jsonl").stat().st_mtime_ns
+    gemtool(*arguments, "--resume")
+    assert (tmp_path / "rows.jsonl").stat().st_mtime_ns == before
+
+
+def test_resuming_another_run_is_refused(
+    gemtool: Command, checkpoint: Path, tmp_path: Path
+) -> None:
+    row = {"probe": "needle", "model": "other", "seed": 0, "prefix": True}
+    row |= {"length": 200, "depth": 0.0, "case": 0}
+    (tmp_path / "rows.jsonl.partial").write_text(json.dumps(row) + "\n")
+    arguments = ("probe", "needle", "--ckpt", checkpoint, *GRID, "--resume")
+    done = gemtool(*arguments, "-o", "rows.jsonl", check=False)
+    assert done.returncode == 1
+    assert b"model" in done.stderr
+    assert gemtool(*arguments, check=False).returncode == 2, "--resume without a file"
+
+
+def test_mistakes(gemtool: Command, tmp_path: Path) -> None:
+    for arguments, code, message in (
+        (("nedle", "--ckpt", "x"), 2, "did you mean 'needle'"),
+        (("needle", "--ckpt", "x", "--lengths", "1q"), 2, "--lengths"),
+        (("needle", "--ckpt", "x", "--plot", "a.txt"), 2, "--plot"),
+        (("needle", "--ckpt", "missing"), 1, "missing"),
+        (("needle", "--ckpt", "x", "--haystack", "missing.txt"), 1, "missing.txt"),
+    ):
+        done = gemtool("probe", *arguments, check=False)
+        assert done.returncode == code, done.stderr
+        assert message in done.stderr.decode()
+        assert b"Traceback" not in done.stderr

@@ -1,0 +1,301 @@
+"""Shard folders: layout, random access, interruption, damage."""
+
+from __future__ import annotations
+
+import fcntl
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from gemtool.cmd.shard import parse_size
+from gemtool.data.packing import Packer
+from gemtool.data.shards import LOCK, ShardFolder, create_shards
+from gemtool.errors import CorruptInput, GemtoolError, UsageError
+from gemtool.stream.spans import ArrowSpanWriter, Header, Span
+from tests.conftest import command_environment
+
+LENGTH = 300
+HEADER = Header(
+    vocab={"fingerprint": "0123456789abcdef", "size": 32768},
+    settings={"image_tokens": 66},
+    packed={"length": LENGTH},
+)
+
+
+def packed_spans(documents: int = 60, seed: int = 0) -> list[Span]:
+    rng = np.random.default_rng(seed)
+
+    def spans():
+        for i in range(documents):
+            size = int(rng.integers(1, 500))
+            yield Span(f"d{i}", 0, "text", np.arange(size, dtype=np.int32), meta={"i": i})
+            pixels = rng.integers(0, 256, (64, 14, 14, 3), np.uint8)
+            yield Span(f"d{i}", 1, "image", np.full(66, 7, np.int32), size, payload=pixels)
+
+    return list(Packer(LENGTH).pack(spans()))
+
+
+def stream(spans: list[Span], header: Header = HEADER) -> bytes:
+    sink = io.BytesIO()
+    writer = ArrowSpanWriter(sink, header)
+    for span in spans:
+        writer.append(span)
+    writer.close()
+    return sink.getvalue()
+
+
+def assert_same(found: list[Span], expected: list[Span]) -> None:
+    assert len(found) == len(expected)
+    for one, other in zip(found, expected, strict=True):
+        for field in ("doc", "span", "kind", "start", "time", "meta", "seq", "offset", "segment"):
+            assert getattr(one, field) == getattr(other, field)
+        np.testing.assert_array_equal(one.tokens, other.tokens)
+        assert (one.payload is None) == (other.payload is None)
+        if one.payload is not None:
+            np.testing.assert_array_equal(one.payload, other.payload)
+
+
+@pytest.mark.parametrize("chunk", [7, 64, LENGTH, 4096])
+def test_every_sequence_comes_back(tmp_path, chunk):
+    spans = packed_spans()
+    with create_shards(tmp_path / "s", HEADER, chunk=chunk, shard_size=200_000) as writer:
+        for span in spans:
+            writer.append(span)
+    folder = ShardFolder(tmp_path / "s")
+    folder.verify()
+    assert len(folder) == spans[-1].seq + 1
+    assert len(folder.manifest["files"]) > 2
+    assert folder.kinds == {"text", "image"}
+    assert sum(folder.manifest["tokens"].values()) == sum(len(span.tokens) for span in spans)
+    for index in np.random.default_rng(0).permutation(len(folder)):
+        assert_same(folder[int(index)], [span for span in spans if span.seq == index])
+    with pytest.raises(IndexError):
+        folder[len(folder)]
+
+    # The promise of the layout: chunk c of a sequence is batch i * chunks + c, and holds the spans
+    # that start there.
+    chunk = min(chunk, LENGTH)
+    chunks = -(-LENGTH // chunk)
+    with pa.ipc.open_file(str(tmp_path / "s" / "part-00000.arrow")) as reader:
+        assert reader.num_record_batches == folder.manifest["files"][0]["sequences"] * chunks
+        for i in range(reader.num_record_batches):
+            batch = reader.get_batch(i)
+            assert {seq.as_py() for seq in batch["seq"]} <= {i // chunks}
+            assert {at.as_py() // chunk for at in batch["offset"]} <= {i % chunks}
+    assert sorted(p.name for p in (tmp_path / "s").iterdir()) == sorted(
+        ["manifest.json"] + [part["name"] for part in folder.manifest["files"]]
+    )
+
+
+def test_the_verb_from_pipe_files_and_concatenation(gemtool, tmp_path):
+    one, two = stream(packed_spans(20, 1)), stream(packed_spans(20, 2))
+    (tmp_path / "one").write_bytes(one)
+    (tmp_path / "two").write_bytes(two)
+    gemtool("shard", "one", "two", "-o", "files", "--no-pg", "--shard-size", "100kB")
+    done = gemtool("shard", "-o", "pipe", "--no-pg", "--shard-size", "100kB", input=one + two)
+    assert b"sequences" in done.stderr
+    for file in (tmp_path / "files").iterdir():
+        assert file.read_bytes() == (tmp_path / "pipe" / file.name).read_bytes()
+    folder = ShardFolder(tmp_path / "files")
+    assert [folder[i][0].seq for i in range(len(folder))] == list(range(len(folder)))
+    assert folder.vocab == HEADER.vocab
+    assert folder.settings == HEADER.settings
+
+
+def test_pack_and_shard_in_a_pipe(gemtool, tmp_path):
+    rng = np.random.default_rng(0)
+    lines = [
+        json.dumps({"doc": f"{i}", "span": 0, "kind": "text", "tokens": [1] * int(n)})
+        for i, n in enumerate(rng.integers(1, 100, 50))
+    ]
+    packed = gemtool("pack", "--length", 128, input="\n".join(lines).encode()).stdout
+    gemtool("shard", "-o", "s", input=packed)
+    folder = ShardFolder(tmp_path / "s")
+    assert [entry["id"] for entry in folder.manifest["pg"]] == ["pack", "shard"]
+    assert folder.length == 128
+    assert folder.manifest["chunk"] == 128
+
+
+def test_unpacked_input_is_refused(gemtool, tmp_path):
+    span = Span("a", 0, "text", np.ones(3, np.int32))
+    done = gemtool("shard", "-o", "s", input=stream([span], Header()), check=False)
+    assert done.returncode == 1
+    assert b"gemtool pack" in done.stderr
+    done = gemtool("shard", "-o", "s", input=stream([span]), check=False)  # claims to be packed
+    assert done.returncode == 3
+    assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize(("offset", "segment"), [(9, 1), (10, 0), (8, 2), (299, 2)])
+def test_sequences_with_gaps_are_refused(tmp_path, offset, segment):
+    first = Span("a", 0, "text", np.ones(10, np.int32), seq=0, offset=0, segment=1)
+    wrong = Span("b", 0, "text", np.ones(2, np.int32), seq=0, offset=offset, segment=segment)
+    with (
+        pytest.raises(CorruptInput, match="b: span 0 is at"),
+        create_shards(tmp_path / "s", HEADER) as writer,
+    ):
+        writer.append(first)
+        writer.append(wrong)
+    assert not (tmp_path / "s").exists()
+
+
+def test_complete_folders_are_replaced_only_on_request(gemtool, tmp_path):
+    small, large = stream(packed_spans(5)), stream(packed_spans(40))
+    gemtool("shard", "-o", "s", "--shard-size", "50kB", input=large)
+    before = ShardFolder(tmp_path / "s").fingerprint
+    done = gemtool("shard", "-o", "s", input=small, check=False)
+    assert done.returncode == 2
+    assert b"add -f" in done.stderr
+    assert ShardFolder(tmp_path / "s").fingerprint == before
+    gemtool("shard", "-o", "s", "-f", input=small)
+    ShardFolder(tmp_path / "s").verify()
+    assert len(list((tmp_path / "s").glob("*.arrow"))) == 1  # no parts of the larger one are left
+
+
+def test_other_peoples_folders_are_left_alone(gemtool, tmp_path):
+    theirs = tmp_path / "s" / "part-00000.arrow"
+    theirs.parent.mkdir()
+    theirs.write_bytes(b"precious")
+    for arguments in ([], ["-f"]):
+        done = gemtool("shard", "-o", "s", *arguments, input=stream([]), check=False)
+        assert done.returncode == 2
+        assert theirs.read_bytes() == b"precious"
+
+
+def test_a_second_writer_is_kept_out(gemtool, tmp_path):
+    (tmp_path / "s").mkdir()
+    with (tmp_path / "s" / LOCK).open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = gemtool("shard", "-o", "s", input=stream([]), check=False)
+    assert done.returncode == 1
+    assert b"another process is writing it" in done.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_interrupted_and_run_again(gemtool, tmp_path, number):
+    first, rest = stream(packed_spans(20, 1)), stream(packed_spans(20, 2))
+    running = subprocess.Popen(
+        [sys.executable, "-m", "gemtool", "shard", "-o", "s", "--shard-size", "100kB", "--no-pg"],
+        stdin=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        cwd=tmp_path,
+        env=command_environment(),
+        # Where tests run in the background, SIGINT is ignored, and ignored by what they start.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    with running:
+        assert running.stdin is not None
+        running.stdin.write(first)  # and then the rest is awaited
+        running.stdin.flush()
+        waited = time.monotonic() + 60
+        while not (tmp_path / "s" / "part-00001.arrow").exists() and time.monotonic() < waited:
+            time.sleep(0.02)
+        running.send_signal(number)
+        code = running.wait(30)
+    if number == signal.SIGINT:
+        assert code == 130
+        assert not (tmp_path / "s").exists()
+    else:
+        with pytest.raises(GemtoolError, match="did not finish"):
+            ShardFolder(tmp_path / "s")
+    arguments = ["--shard-size", "100kB", "--no-pg"]
+    gemtool("shard", "-o", "s", *arguments, input=first + rest)
+    gemtool("shard", "-o", "undisturbed", *arguments, input=first + rest)
+    files = {file.name: file.read_bytes() for file in (tmp_path / "s").iterdir()}
+    assert files == {f.name: f.read_bytes() for f in (tmp_path / "undisturbed").iterdir()}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    with create_shards(tmp_path / "s", HEADER, shard_size=100_000) as writer:
+        for span in packed_spans(20):
+            writer.append(span)
+    return tmp_path / "s"
+
+
+def test_truncated_files_are_noticed(folder):
+    file = folder / "part-00001.arrow"
+    whole = file.read_bytes()
+    for size in (0, 10, len(whole) // 2, len(whole) - 1):
+        os.truncate(file, size)
+        with pytest.raises(CorruptInput, match=r"part-00001\.arrow: has"):
+            ShardFolder(folder)
+        file.write_bytes(whole)
+    file.unlink()
+    with pytest.raises(CorruptInput, match=r"part-00001\.arrow: is missing"):
+        ShardFolder(folder)
+
+
+def test_flipped_bytes_are_found_by_verify(folder):
+    file = folder / "part-00000.arrow"
+    whole = file.read_bytes()
+    for at in (3, len(whole) // 2, len(whole) - 3):
+        file.write_bytes(whole[:at] + bytes([whole[at] ^ 0x40]) + whole[at + 1 :])
+        with pytest.raises(CorruptInput, match=r"part-00000\.arrow: damaged"):
+            ShardFolder(folder).verify()
+    file.write_bytes(bytes(len(whole)))  # of the right size, but no Arrow file
+    with pytest.raises(CorruptInput, match=r"part-00000\.arrow: damaged"):
+        ShardFolder(folder)[0]
+
+
+def test_a_flipped_byte_never_gives_a_wrong_sequence(folder):
+    file = folder / "part-00000.arrow"
+    whole = file.read_bytes()
+    good = ShardFolder(folder)
+    expected = [[span.tokens.copy() for span in good[i]] for i in range(len(good))]
+    noticed = 0
+    rng = np.random.default_rng(0)
+    for at in rng.integers(0, len(whole), 100):
+        file.write_bytes(whole[:at] + bytes([whole[at] ^ (1 << rng.integers(8))]) + whole[at + 1 :])
+        try:
+            damaged = ShardFolder(folder)
+            for index, tokens in enumerate(expected):
+                for span, one in zip(damaged[index], tokens, strict=True):
+                    np.testing.assert_array_equal(span.tokens, one)
+        except CorruptInput as problem:
+            assert "part-00000.arrow: damaged" in str(problem)
+            noticed += 1
+    assert noticed > 90  # the others are in padding between buffers
+
+
+def test_bad_manifests_are_explained(folder):
+    file = folder / "manifest.json"
+    good = json.loads(file.read_bytes())
+    for change, error in (
+        ({"version": 2}, "version 2; this gemtool reads up to 1"),
+        ({"format": "x"}, "not the manifest"),
+        ({"files": None}, "malformed"),
+        ({"chunk": 0}, "malformed"),
+        ({"sequences": 3}, "says 3 sequences"),
+        ({"files": [{**good["files"][0], "name": "../x"}]}, "expected 'part-00000.arrow'"),
+    ):
+        file.write_text(json.dumps({**good, **change}))
+        with pytest.raises(GemtoolError, match=error):
+            ShardFolder(folder)
+    file.write_text("{")
+    with pytest.raises(CorruptInput, match="not JSON"):
+        ShardFolder(folder)
+    for path in (folder / "nowhere", file):
+        with pytest.raises(GemtoolError, match="expected one of `gemtool shard`"):
+            ShardFolder(path)
+
+
+def test_sizes():
+    assert [parse_size(text) for text in ("1GiB", "2 GB", "512mib", "1.5kB", "77")] == [
+        1 << 30,
+        2 * 10**9,
+        512 << 20,
+        1500,
+        77,
+    ]
+    for text in ("", "GB", "0", "-1", "5 apples"):
+        with pytest.raises(UsageError):
+            parse_size(text)
