@@ -6,6 +6,7 @@ writes nothing and fails if a committed page differs.
 
 from __future__ import annotations
 
+import enum
 import inspect
 import os
 import sys
@@ -70,14 +71,12 @@ def option_names(parameter: Any) -> str:
 def value_name(parameter: Any) -> str:
     if getattr(parameter, "is_flag", False) or getattr(parameter, "count", False):
         return ""
-    choices = getattr(parameter.type, "choices", None)
     if parameter.metavar:
         return str(parameter.metavar)
-    if choices:
-        return "|".join(str(getattr(choice, "value", choice)) for choice in choices)
-    return {"integer": "N", "int": "N", "float": "X", "path": "PATH"}.get(
-        getattr(parameter.type, "name", ""), "TEXT"
-    )
+    kind = parameter.type_descriptor.annotation
+    if isinstance(kind, type) and issubclass(kind, enum.Enum):
+        return "|".join(choice.value for choice in kind)
+    return {int: "N", float: "X", Path: "PATH"}.get(kind, "TEXT")
 
 
 def default_text(parameter: Any) -> str:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -17,6 +20,20 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
 os.environ.setdefault("JAX_NUMPY_DTYPE_PROMOTION", "strict")
 os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
+
+# Programs that one test's command compiled need not be compiled by the next. Made by the first
+# process of a run (its pytest-xdist workers inherit the variable), removed by it.
+_CACHE = "GEMTOOL_TEST_CACHE"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if _CACHE not in os.environ:
+        os.environ[_CACHE] = tempfile.mkdtemp(prefix="gemtool-tests-")
+        config.add_cleanup(lambda: shutil.rmtree(os.environ.pop(_CACHE), ignore_errors=True))
+
+
+hypothesis.settings.register_profile("shared-machine", deadline=None, database=None)
+hypothesis.settings.load_profile("shared-machine")
 
 Command = Callable[..., subprocess.CompletedProcess[bytes]]
 
@@ -53,7 +70,13 @@ def gemtool(tmp_path: Path) -> Command:
 def command_environment() -> dict[str, str]:
     """The environment of a user's shell, with this checkout importable."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("GEMTOOL_", "JAX_", "XLA_"))}
-    return {**kept, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "NO_COLOR": "1"}
+    return {
+        **kept,
+        "PYTHONPATH": str(ROOT),
+        "JAX_PLATFORMS": "cpu",
+        "NO_COLOR": "1",
+        "GEMTOOL_CACHE": os.environ[_CACHE],
+    }
 
 
 @pytest.fixture

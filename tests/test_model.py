@@ -58,6 +58,7 @@ IMPORTED = dataclasses.replace(
     tie_embeddings=False,
 )
 LENGTH = 130
+CAPACITY = 240  # one for most tests: fewer programs to compile
 
 # Hidden states are of size one. Steps multiply matrices of other shapes than the whole does, so sums
 # differ in their last bits; a float16 cache turns some of those into the next float16 value.
@@ -132,7 +133,7 @@ def run_steps(
     """All of x [B, T, D] in steps of ``chunk``; the last one is padded with noise."""
     length = x.shape[1]
     if cache is None:
-        cache = caches.init_cache(config, x.shape[0], length + chunk)
+        cache = caches.init_cache(config, x.shape[0], CAPACITY)
     noise = jax.random.normal(jax.random.key(9), (x.shape[0], chunk, x.shape[2]))
     padded = jnp.concatenate([x, noise], axis=1)
     hidden = []
@@ -152,16 +153,20 @@ def assert_close(actual: jax.Array, expected: jax.Array, kv_dtype: str = "float3
 
 
 @pytest.mark.parametrize(
-    "config",
-    [TINY, IMPORTED, dataclasses.replace(TINY, kv_dtype="float16")],
+    ("config", "chunks"),
+    [
+        (TINY, (1, 3, 64, 100)),
+        (IMPORTED, (3, 64)),
+        (dataclasses.replace(TINY, kv_dtype="float16"), (1, 64)),
+    ],
     ids=["tiny", "imported", "float16"],
 )
-def test_steps_of_any_size_equal_forward(config: ModelConfig) -> None:
+def test_steps_of_any_size_equal_forward(config: ModelConfig, chunks: tuple[int, ...]) -> None:
     p = random_params(config)
     tokens, media = random_tokens(1), random_media(2)
     whole, _ = jitted_forward(p, config, batch_of(tokens, media=media))
     x = transformer.embed(p, config, tokens, media)
-    for chunk in (1, 3, 64, 100):
+    for chunk in chunks:
         hidden, cache = run_steps(p, config, x, chunk)
         assert_close(hidden, whole, config.kv_dtype)
         assert int(cache.length) == LENGTH
@@ -171,10 +176,10 @@ def test_chunk_sizes_may_change_between_steps() -> None:
     p, tokens = random_params(TINY), random_tokens(3)
     whole, _ = jitted_forward(p, TINY, batch_of(tokens))
     x = transformer.embed(p, TINY, tokens)
-    cache = caches.init_cache(TINY, 2, LENGTH + 64)
+    cache = caches.init_cache(TINY, 2, CAPACITY)
     first, cache = run_steps(p, TINY, x[:, :70], 64, cache)
-    second, cache = run_steps(p, TINY, x[:, 70:90], 1, cache)
-    third, _ = run_steps(p, TINY, x[:, 90:], 3, cache)
+    second, cache = run_steps(p, TINY, x[:, 70:90], 3, cache)
+    third, _ = run_steps(p, TINY, x[:, 90:], 64, cache)
     assert_close(jnp.concatenate([first, second, third], axis=1), whole)
 
 
@@ -187,12 +192,12 @@ def test_kv_only_prefill_is_exact_beyond_its_reach() -> None:
     assert reach == 2 * (15 + 3)
     skipped = LENGTH - 1 - reach
     assert skipped > 64
-    cache = caches.init_cache(config, 2, LENGTH + 64)
+    cache = caches.init_cache(config, 2, CAPACITY)
     for start in range(0, skipped, 64):
         valid = min(64, skipped - start)
         part = x[:, start : start + 64]
         cache = jitted_step_kv(p, config, part, cache, jnp.asarray(valid, jnp.int32))
-    tail, _ = run_steps(p, config, x[:, skipped:], 16, cache)
+    tail, _ = run_steps(p, config, x[:, skipped:], 64, cache)
     assert_close(tail[:, -1], whole[:, -1])
     assert float(jnp.abs(tail[:, 0] - whole[:, skipped]).max()) > 0.01  # within reach: not exact
 
@@ -200,9 +205,8 @@ def test_kv_only_prefill_is_exact_beyond_its_reach() -> None:
 def test_longer_input_does_not_change_earlier_states() -> None:
     p, tokens = random_params(TINY), random_tokens(5)
     whole, _ = jitted_forward(p, TINY, batch_of(tokens))
-    for length in (1, 17, 100):
-        short, _ = jitted_forward(p, TINY, batch_of(tokens[:, :length]))
-        assert_close(short, whole[:, :length])
+    short, _ = jitted_forward(p, TINY, batch_of(tokens[:, :17]))
+    assert_close(short, whole[:, :17])
     changed, _ = jitted_forward(p, TINY, batch_of(tokens.at[:, 100].add(-tokens[:, 100])))
     assert_close(changed[:, :100], whole[:, :100])
     assert float(jnp.abs(changed[:, 100:] - whole[:, 100:]).max()) > 0.01
@@ -212,17 +216,18 @@ def test_cache_grows_and_round_trips_through_arrays() -> None:
     config = dataclasses.replace(TINY, kv_dtype="float16")
     p = random_params(config)
     x = transformer.embed(p, config, random_tokens(6))
-    _, cache = run_steps(p, config, x[:, :60], 20)
+    cache = caches.init_cache(config, 2, 70)
+    _, cache = run_steps(p, config, x[:, :60], 64, cache)
     state = caches.state_arrays(config, cache)
     blocks = caches.block_arrays(config, cache, 0, 60)
     assert set(blocks) == {"layers/1/k", "layers/1/v"}
     assert blocks["layers/1/k"].shape == (2, 60, 1, 16)
     assert blocks["layers/1/k"].dtype == np.float16
-    restored = caches.restore(config, state, blocks, capacity=200)
-    grown = caches.grow(config, cache, 200)
-    assert caches.capacity_of(config, restored) == caches.capacity_of(config, grown) == 200
-    a, _ = run_steps(p, config, x[:, 60:], 10, restored)
-    b, _ = run_steps(p, config, x[:, 60:], 10, grown)
+    restored = caches.restore(config, state, blocks, CAPACITY)
+    grown = caches.grow(config, cache, CAPACITY)
+    assert caches.capacity_of(config, restored) == caches.capacity_of(config, grown) == CAPACITY
+    a, _ = run_steps(p, config, x[:, 60:], 64, restored)
+    b, _ = run_steps(p, config, x[:, 60:], 64, grown)
     np.testing.assert_array_equal(a, b)
 
 
@@ -254,8 +259,11 @@ def test_packed_documents_do_not_see_each_other(config: ModelConfig) -> None:
     hidden, aux = jitted_forward(p, config, packed)
     for start, stop, segment in edges:
         if segment:
-            alone, _ = jitted_forward(p, config, batch_of(tokens[:, start:stop]))
-            assert_close(hidden[:, start:stop], alone)
+            count = stop - start
+            document = jnp.zeros_like(tokens).at[:, :count].set(tokens[:, start:stop])
+            inside = jnp.zeros_like(tokens).at[:, :count].set(1)
+            alone, _ = jitted_forward(p, config, batch_of(document, inside))
+            assert_close(hidden[:, start:stop], alone[:, :count])
     # Padding neither counts as load nor changes it.
     other = dataclasses.replace(packed, tokens=tokens.at[:, 120:].set(0))
     _, aux_other = jitted_forward(p, config, other)
@@ -312,14 +320,15 @@ def expert_setup(**changes: Any) -> tuple[params.Tree, MoEConfig, jax.Array]:
     return random_params(config)["layers"]["1"]["moe"], mixture, x
 
 
-def naive_experts(p: params.Tree, mixture: MoEConfig, x: jax.Array) -> jax.Array:
+def naive_experts(p: params.Tree, mixture: MoEConfig, x: jax.Array) -> np.ndarray:
     ids, weights, _, _ = moe.route(p, mixture, x)
-    rows = []
-    for row, chosen, share in zip(x, np.asarray(ids), weights, strict=True):
-        hidden = [jax.nn.silu(row @ p["gate"][e]) * (row @ p["up"][e]) for e in chosen]
-        outs = [w * (h @ p["down"][e]) for w, h, e in zip(share, hidden, chosen, strict=True)]
-        rows.append(sum(outs[1:], outs[0]))
-    return jnp.stack(rows)
+    gate, up, down = (np.asarray(p[name]) for name in ("gate", "up", "down"))
+    y = np.zeros_like(x)
+    for t, row in enumerate(np.asarray(x)):
+        for e, weight in zip(np.asarray(ids)[t], np.asarray(weights)[t], strict=True):
+            before = row @ gate[e]
+            y[t] += weight * ((before / (1 + np.exp(-before)) * (row @ up[e])) @ down[e])
+    return y
 
 
 @pytest.mark.parametrize("case", ["plain", "tie", "one expert", "empty expert"])
@@ -359,8 +368,9 @@ def test_bias_updates_bring_balance() -> None:
     config = dataclasses.replace(TINY, moe=mixture)
     tree: params.Tree = {"layers": {"1": {"moe": p}}}
     present = jnp.ones((40,), bool)
+    run = jax.jit(moe.moe_mlp, static_argnums=1)
     for _ in range(400):
-        _, stats = moe.moe_mlp(tree["layers"]["1"]["moe"], mixture, x[:, :], present)
+        _, stats = run(tree["layers"]["1"]["moe"], mixture, x, present)
         tree = moe.update_biases(tree, config, {"1": stats["load"]})
     assert float(jnp.abs(stats["load"] - 0.25).max()) < 0.06
     untouched = moe.update_biases(tree, IMPORTED, {"1": stats["load"]})
@@ -488,8 +498,8 @@ def test_missing_key_and_unknown_preset() -> None:
     del table["d_ff"]
     with pytest.raises(GemtoolError, match="model: missing d_ff"):
         ModelConfig.from_dict(table)
-    with pytest.raises(GemtoolError, match="unknown preset 'nona'; did you mean 'nano'"):
-        load_preset("nona")
+    with pytest.raises(GemtoolError, match="unknown preset 'nanoo'; did you mean 'nano'"):
+        load_preset("nanoo")
 
 
 def test_nano_is_small() -> None:

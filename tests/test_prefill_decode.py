@@ -195,14 +195,8 @@ def test_prefill_and_decode_equal_the_full_forward_pass(
         assert np.argmax(a) == np.argmax(b) or top[1] - top[0] < tolerance
 
 
-@pytest.mark.parametrize(
-    "layers",
-    [
-        "LL",
-        pytest.param("GLGL", marks=pytest.mark.slow),
-        pytest.param("GLL", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("layers", ["LL", "GLL", "GLGL"])
 def test_other_layer_patterns(vocab: Vocab, tmp_path: Path, layers: str) -> None:
     engine = make_engine(tmp_path / "run", tiny(vocab.size, layers, "float32"), vocab, 64)
     tokens = text_tokens(150)

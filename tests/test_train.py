@@ -125,7 +125,7 @@ def make_one_step():
 
 def test_a_step_improves_every_parameter_it_should(one_step):
     before, step, batch, after, metrics = one_step
-    assert math.isclose(float(metrics["loss"]), math.log(VOCAB_SIZE), rel_tol=0.1)
+    assert math.isclose(float(metrics["loss"]), math.log(VOCAB_SIZE), rel_tol=0.25)
     assert 1 <= float(metrics["expert_load"]) <= 4
     for path, value in flatten(after.params).items():
         assert np.any(value != flatten(before.params)[path]), f"{path} did not change"
@@ -349,8 +349,10 @@ def test_killed_and_resumed_is_as_if_never_killed(gemtool, workshop, whole, tmp_
     run = tmp_path / "run"
     killed = Interrupted(workshop, run, 7, signal.SIGKILL)
     assert killed.returncode == -signal.SIGKILL
+    (run / ".weights.safetensors.123").write_bytes(b"half of the weights")
     rows = assert_resumes_to(whole, gemtool, workshop, run, killed.rows)
     assert rows[0]["step"] in (5, 9)  # the state of step 4 or, if it went on for long, of step 8
+    assert {p.name for p in run.iterdir()} == {p.name for p in whole[1].iterdir()}
 
 
 @pytest.mark.slow

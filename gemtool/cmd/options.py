@@ -105,7 +105,11 @@ def _load_config(ctx: typer.Context, value: Path | None) -> Path | None:
 
 _COMMON: dict[str, Any] = {
     "quiet": (bool, typer.Option("-q", "--quiet", help="Errors only."), False),
-    "verbose": (int, typer.Option("-v", "--verbose", count=True, help="Say more."), 0),
+    "verbose": (
+        int,
+        typer.Option("-v", "--verbose", count=True, show_default=False, help="Say more."),
+        0,
+    ),
     "log_json": (
         bool,
         typer.Option("--log-json", help="Messages as one JSON object a line."),

@@ -202,7 +202,7 @@ class Sequence:
 
     def skip_to(self, length: int) -> None:
         """Pretends that `length` positions went before, whatever the buffers hold there."""
-        self._state = replace(self._state, length=jnp.array(length, jnp.int32))
+        self._state = replace(self._state, length=jax.device_put(np.int32(length)))
         self.length = length
 
     def wait(self) -> None:
@@ -291,8 +291,12 @@ class Engine:
 
     def begin(self, expected: int = 0) -> Sequence:
         """An empty sequence with room for `expected` positions; it grows as needed."""
-        capacity = capacity_for(max(expected, 1))
-        return Sequence(self, *_split(self.config, init_cache(self.config, 1, capacity)), 0)
+        return Sequence(self, *_split(self.config, self._empty(capacity_for(max(expected, 1)))), 0)
+
+    def _empty(self, capacity: int) -> Cache:
+        # Zeros of numpy: those of jax would be a program to compile for each shape.
+        shapes = jax.eval_shape(partial(init_cache, self.config, 1, capacity))
+        return jax.tree.map(lambda x: jax.device_put(np.zeros(x.shape, x.dtype)), shapes)
 
     def restore(
         self,
@@ -303,12 +307,12 @@ class Engine:
     ) -> Sequence:
         """A sequence from what `Sequence.block` and `Sequence.state` gave."""
         capacity = capacity_for(length + 2 * PROMPT_TILE)
-        empty = init_cache(self.config, 1, 0)
+        empty = self._empty(0)
         full = full_layers(self.config)
         layers, buffers = [], []
         for index, layer in enumerate(empty.layers):
             paths = {name: f"layers/{index}/{name}" for name in ("k", "v", "tail")}
-            tail = jnp.array(state[paths["tail"]])
+            tail = jax.device_put(np.array(state[paths["tail"]]))
             if index in full:
                 pair = [
                     _filled([block[paths[name]] for block in blocks], capacity, layer.k)
@@ -317,9 +321,9 @@ class Engine:
                 buffers.append((pair[0], pair[1]))
                 layers.append(LayerCache(None, None, tail))  # type: ignore[arg-type]
             else:
-                k, v = (jnp.array(state[paths[name]]) for name in "kv")
+                k, v = (jax.device_put(np.array(state[paths[name]])) for name in "kv")
                 layers.append(LayerCache(k, v, tail))
-        cache = Cache(jnp.array(length, jnp.int32), tuple(layers))
+        cache = Cache(jax.device_put(np.int32(length)), tuple(layers))
         sequence = Sequence(self, tuple(buffers), cache, length)
         sequence._logits = np.array(logits)
         return sequence
@@ -336,7 +340,7 @@ class Engine:
 
     def state_bytes(self) -> int:
         """Size of a state in a context file."""
-        arrays = state_arrays(self.config, init_cache(self.config, 1, 0))
+        arrays = state_arrays(self.config, self._empty(0))
         return sum(array.nbytes for array in arrays.values())
 
     def encode(self, kind: str, values: np.ndarray) -> np.ndarray:
@@ -472,4 +476,4 @@ def _filled(blocks: list[np.ndarray], capacity: int, like: jax.Array) -> jax.Arr
     for rows in blocks:
         buffer[:, at : at + rows.shape[1]] = rows
         at += rows.shape[1]
-    return jnp.asarray(buffer)
+    return jax.device_put(buffer)

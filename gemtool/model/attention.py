@@ -21,6 +21,7 @@ Axes: B batch, T new positions, S keys, D model, H query heads, N key/value head
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -45,6 +46,10 @@ class LayerCache:
     k: jax.Array
     v: jax.Array
     tail: jax.Array
+
+
+Extended = tuple[jax.Array, jax.Array, jax.Array, dict[str, Any], LayerCache]
+"""Queries, the keys and values that they attend to, which of those they see, and the new cache."""
 
 
 def attend_packed(
@@ -115,7 +120,15 @@ def write_keys(
     return extend(p, config, kind, x, cache, length, valid)[-1]
 
 
-def _extend_full(p, config, kind, x, cache, length, valid):  # type: ignore[no-untyped-def]
+def _extend_full(
+    p: Tree,
+    config: ModelConfig,
+    kind: LayerKind,
+    x: jax.Array,
+    cache: LayerCache,
+    length: jax.Array,
+    valid: jax.Array,
+) -> Extended:
     """New keys and values into the free rows of the buffer; queries see all rows before them.
 
     Rows beyond ``valid`` are written too (a fixed shape costs nothing) and overwritten by the next
@@ -138,7 +151,15 @@ def _extend_full(p, config, kind, x, cache, length, valid):  # type: ignore[no-u
     return q, cache.k, cache.v, attended, cache
 
 
-def _extend_window(p, config, kind, x, cache, length, valid):  # type: ignore[no-untyped-def]
+def _extend_window(
+    p: Tree,
+    config: ModelConfig,
+    kind: LayerKind,
+    x: jax.Array,
+    cache: LayerCache,
+    length: jax.Array,
+    valid: jax.Array,
+) -> Extended:
     """Keys and values of the window followed by the new ones; positions are relative to the step."""
     steps, window = x.shape[1], kind.window
     rows = jnp.concatenate([cache.tail, x], axis=1)
@@ -168,7 +189,11 @@ def _extend_window(p, config, kind, x, cache, length, valid):  # type: ignore[no
 
 
 def _project(
-    p: Tree, config: ModelConfig, kind: LayerKind, rows: jax.Array, segments: jax.Array | None = None
+    p: Tree,
+    config: ModelConfig,
+    kind: LayerKind,
+    rows: jax.Array,
+    segments: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Queries [B, T, H, K], keys and values [B, T, N, K] of the last T of ``rows``, unrotated.
 
@@ -202,7 +227,7 @@ def _scale(kind: LayerKind) -> float:
 
 
 def _convolve(taps: jax.Array, rows: jax.Array, segments: jax.Array | None) -> jax.Array:
-    """Depthwise causal convolution: taps [C, D], taps[0] on the current row; [B, C-1+M, D] -> [B, M, D]."""
+    """Depthwise causal convolution, [B, C-1+M, D] -> [B, M, D]; taps [C, D], the first for now."""
     width = taps.shape[0]
     count = rows.shape[1] - width + 1
     total = jnp.zeros_like(rows[:, :count])

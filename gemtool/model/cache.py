@@ -66,7 +66,7 @@ def grow(config: ModelConfig, cache: Cache, capacity: int) -> Cache:
 
 
 def state_arrays(config: ModelConfig, cache: Cache) -> dict[str, np.ndarray]:
-    """All of the cache but the blocks: ``length``, ``layers/0/k``, ``layers/0/v``, ``layers/0/tail``."""
+    """All but the blocks: ``length``, ``layers/0/k``, ``layers/0/v``, ``layers/0/tail``."""
     arrays = {"length": np.asarray(cache.length)}
     for index, (kind, layer) in enumerate(zip(config.layer_kinds, cache.layers, strict=True)):
         if kind.attention == "window":
@@ -77,7 +77,7 @@ def state_arrays(config: ModelConfig, cache: Cache) -> dict[str, np.ndarray]:
 
 
 def block_arrays(config: ModelConfig, cache: Cache, start: int, stop: int) -> dict[str, np.ndarray]:
-    """Rows ``start`` to ``stop`` of the growing keys and values: ``layers/2/k`` [B, stop-start, N, K]."""
+    """Rows ``start`` to ``stop`` of the blocks: ``layers/2/k``, ``layers/2/v`` [B, rows, N, K]."""
     arrays = {}
     for index in full_layers(config):
         layer = cache.layers[index]

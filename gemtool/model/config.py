@@ -26,7 +26,7 @@ class ConfigError(GemtoolError):
 class LayerKind:
     """How one kind of layer attends.
 
-    ``attention``    "window": the last ``window`` positions, itself included; "full": everything before.
+    ``attention``    "window": the last ``window`` positions, itself included; "full": all so far.
     ``rope_theta``   base of the rotary position embedding (arXiv 2104.09864); 0: no position encoding.
     ``qk_norm``      "unit": queries and keys of length one, times a learned temperature that starts at
                      ``temperature``; "rms": RMSNorm with learned scales; "none". The last two divide
@@ -159,9 +159,9 @@ class ModelConfig:
     """A decoder-only transformer with pre-norm blocks over text and soft tokens.
 
     ``layers`` spells the kind of each layer; the first ``dense_layers`` have a dense SwiGLU of width
-    ``d_ff``, the others a mixture of experts where ``moe`` is given. ``embedding_scale`` multiplies token
-    embeddings: with sqrt(d_model) they enter with deviation 1, though the same table, unscaled, scores
-    the next token. ``kv_dtype`` is what keys and
+    ``d_ff``, the others a mixture of experts where ``moe`` is given. ``embedding_scale`` multiplies
+    token embeddings: with sqrt(d_model) they start with deviation 1 and are not drowned by what the
+    layers add, though the same table, unscaled, scores the next token. ``kv_dtype`` is what keys and
     values are rounded to, in training too, so that a cache loses nothing.
     """
 
@@ -236,9 +236,19 @@ def load_preset(name: str) -> ModelConfig:
     """A shipped architecture by name."""
     if name not in PRESETS:
         known = ", ".join(PRESETS)
-        raise ConfigError(f"unknown preset {name!r}{did_you_mean(name, PRESETS)} (there is: {known})")
+        raise ConfigError(
+            f"unknown preset {name!r}{did_you_mean(name, PRESETS)} (there is: {known})"
+        )
     text = resources.files("gemtool.model").joinpath("presets", f"{name}.toml").read_text("utf-8")
     return ModelConfig.from_dict(tomllib.loads(text))
+
+
+_SCALARS: dict[str, tuple[type, ...]] = {
+    "str": (str,),
+    "int": (int,),
+    "float": (int, float),
+    "bool": (bool,),
+}
 
 
 def _build(cls: type[Any], table: dict[str, Any], where: str) -> Any:
@@ -247,10 +257,10 @@ def _build(cls: type[Any], table: dict[str, Any], where: str) -> Any:
     for key, value in table.items():
         if key not in fields:
             raise ConfigError(f"{where}: unknown key {key!r}{did_you_mean(key, fields)}")
-        wanted = {"str": str, "int": int, "float": (int, float), "bool": bool}.get(fields[key].type)
+        wanted = _SCALARS.get(str(fields[key].type))
         # bool is an int in Python, but `heads = true` is a mistake.
         if wanted and (
-            not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool)
+            not isinstance(value, wanted) or (isinstance(value, bool) and bool not in wanted)
         ):
             raise ConfigError(f"{where}: {key} must be {fields[key].type}, not {value!r}")
     missing = [

@@ -41,7 +41,8 @@ def moe_mlp(p: Tree, moe: MoEConfig, x: jax.Array, present: jax.Array) -> tuple[
     return y, {
         "load": load,
         "z_loss": jnp.sum(jnp.square(z) * here) / count,
-        "balance_loss": moe.experts * jnp.dot(load, jnp.einsum("me,m->e", probability, here) / count),
+        "balance_loss": moe.experts
+        * jnp.dot(load, jnp.einsum("me,m->e", probability, here) / count),
     }
 
 

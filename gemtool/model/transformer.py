@@ -50,9 +50,7 @@ def encode_media(params: Tree, config: ModelConfig, kind: str, values: jax.Array
         return encoders.encode(params["encoders"][kind], encoder, values, config.norm_eps)
 
 
-def forward(
-    params: Tree, config: ModelConfig, batch: Batch
-) -> tuple[jax.Array, dict[str, Any]]:
+def forward(params: Tree, config: ModelConfig, batch: Batch) -> tuple[jax.Array, dict[str, Any]]:
     """Hidden states of whole packed sequences, float32 [B, T, D], after the last norm.
 
     Also a dict of what the routers did: "load" {layer: float32 [E]}, "z_loss" and "balance_loss" (means
@@ -165,7 +163,9 @@ def _feed_forward(
 def _real_rows(x: jax.Array, valid: jax.Array) -> jax.Array:
     """bool [B, T]: the first ``valid`` of the T rows of x [B, T, D]."""
     batch_size, steps, _ = x.shape
-    return jnp.broadcast_to(jnp.arange(steps, dtype=jnp.int32)[None, :] < valid, (batch_size, steps))
+    return jnp.broadcast_to(
+        jnp.arange(steps, dtype=jnp.int32)[None, :] < valid, (batch_size, steps)
+    )
 
 
 def _router_summary(config: ModelConfig, stats: dict[str, Stats]) -> dict[str, Any]:

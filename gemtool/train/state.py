@@ -22,6 +22,7 @@ from gemtool.errors import CorruptInput, GemtoolError, UsageError
 
 STATE = "state"
 LOCK = ".gemtool-lock"
+_FILES = (WEIGHTS, CARD, CONFIG, VOCAB)
 
 
 class RunFolder:
@@ -123,6 +124,9 @@ def open_run(
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise GemtoolError(f"{folder}: another process is training in it") from None
+        for entry in _entries(folder):
+            if entry.name.startswith(tuple(f".{name}." for name in _FILES)):
+                entry.unlink()  # half-written when an earlier process was killed
         has_state = any(entry.name.isdigit() for entry in _entries(folder / STATE))
         has_checkpoint = (folder / CONFIG).exists()
         if has_state and not (resume or force):
@@ -136,7 +140,7 @@ def open_run(
             )
         if not resume:
             # The weights go first: what is left of a checkpoint must not look like one.
-            for name in (WEIGHTS, CARD, CONFIG, VOCAB):
+            for name in _FILES:
                 (folder / name).unlink(missing_ok=True)
             if (folder / STATE).exists():
                 shutil.rmtree(folder / STATE)

@@ -30,7 +30,7 @@ class TrainState:
     params: Tree
     optimizer: Any
     """optax state: moments and step count."""
-    step: jax.Array
+    step: Any
     """int32 [], steps done."""
 
 
