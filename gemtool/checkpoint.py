@@ -32,7 +32,7 @@ from gemtool.data.settings import MediaSettings
 from gemtool.data.vocab import Vocab
 from gemtool.errors import CorruptInput, GemtoolError
 from gemtool.model.config import ModelConfig
-from gemtool.stream.files import atomic_write, sync_folder
+from gemtool.stream.files import FILE_MODE, atomic_write, sync_folder
 
 VERSION = 1
 CONFIG = "config.toml"
@@ -97,7 +97,7 @@ class Checkpoint:
         Raises:
             CorruptInput: it is not the one stored with the weights.
         """
-        text = (self.path / CONFIG).read_text()
+        text = (self.path / CONFIG).read_text("utf-8")
         found = fingerprint_of(text, self.vocab.fingerprint, self._tensors)
         if found != self.fingerprint:
             raise CorruptInput(
@@ -260,6 +260,7 @@ def write_checkpoint(
         step: training steps behind the parameters.
     """
     import tomli_w
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
     from gemtool.model.params import count_params, flatten
@@ -290,9 +291,12 @@ def write_checkpoint(
     temporary = folder / f".{WEIGHTS}.{os.getpid()}"
     try:
         save_file(tensors, temporary, metadata)
+        temporary.chmod(FILE_MODE)  # safetensors makes files private
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
         temporary.replace(folder / WEIGHTS)
+    except SafetensorError as problem:  # a full disk, for one
+        raise GemtoolError(f"{folder / WEIGHTS}: cannot be written: {problem}") from None
     finally:
         temporary.unlink(missing_ok=True)
     sync_folder(folder)

@@ -7,6 +7,7 @@ From here to the mathematics: `cmd/VERB.py` (arguments and core loop), `train/` 
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import signal
 import sys
@@ -119,4 +120,6 @@ def main() -> None:
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _interrupt)
     signal.signal(signal.SIGTERM, _terminate)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8")  # data is, whatever the locale
     without_variables(typer.main.get_command(app))(prog_name="gemtool")

@@ -28,6 +28,11 @@ class CorruptInput(GemtoolError):
     exit_code = 3
 
 
+def reason(problem: OSError) -> str:
+    """Why a system call failed, in the words of the system: "no such file or directory"."""
+    return (problem.strerror or str(problem)).lower()
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """`"; did you mean 'length'?"` when one of `known` is close to `word`, else an empty string."""
     close = difflib.get_close_matches(word, list(known), n=1)

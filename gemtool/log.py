@@ -114,9 +114,9 @@ class progress:  # noqa: N801 (used as a function: `with progress(...) as bar`)
             console = Console(stderr=True, no_color=not _settings.color)
             self._rich = Progress(
                 SpinnerColumn(),
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(),
-                TextColumn("{task.fields[note]}"),
+                TextColumn("{task.fields[note]}", markup=False),
                 TimeElapsedColumn(),
                 TimeRemainingColumn(),
                 console=console,

@@ -107,11 +107,12 @@ def options(command: Any) -> str:
 def synopsis(verb: str | None, command: Any) -> str:
     if verb is None:
         return ".B gemtool\n\\fIVERB\\fR [\\fIOPTIONS\\fR] [\\fIINPUT\\fR]..."
-    arguments = [
-        f"\\fI{roff(parameter.metavar or parameter.name.upper())}\\fR"
-        for parameter in command.params
-        if parameter.param_type_name == "argument"
-    ]
+    arguments = []
+    for parameter in command.params:
+        if parameter.param_type_name == "argument":
+            name = f"\\fI{roff(parameter.metavar or parameter.name.upper())}\\fR"
+            name = name if parameter.required else f"[{name}]"
+            arguments.append(name + ("..." if parameter.nargs == -1 else ""))
     return f".B gemtool {verb}\n" + " ".join(["[\\fIOPTIONS\\fR]", *arguments])
 
 

@@ -71,6 +71,9 @@ def test_what_is_written_comes_back(saved, vocab, config, params):
         assert array.base is not None, "not a view of the file"
         assert not array.flags.writeable
     assert sorted(p.name for p in saved.path.iterdir()) == sorted([CARD, CONFIG, VOCAB, WEIGHTS])
+    assert len({p.stat().st_mode for p in saved.path.iterdir()}) == 1, (
+        "safetensors makes files private"
+    )
 
 
 def test_files_are_plain(saved, params):

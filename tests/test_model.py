@@ -40,7 +40,7 @@ TINY = ModelConfig(
     name="tiny",
     vocab_size=97,
     d_model=32,
-    layers="LGL",
+    layers="LG",
     kinds=(WINDOW, RECALL),
     d_ff=48,
     moe=MoEConfig(experts=4, top_k=2, d_expert=16),
@@ -52,7 +52,7 @@ TINY = ModelConfig(
 )
 IMPORTED = dataclasses.replace(
     TINY,
-    layers="PRR",
+    layers="PR",
     kinds=(PLAIN, ROTARY),
     moe=MoEConfig(4, 2, 16, shared_experts=1, balance="auxiliary", score="sigmoid"),
     tie_embeddings=False,
@@ -80,17 +80,18 @@ def random_tokens(seed: int, batch_size: int = 2, length: int = LENGTH) -> jax.A
     return jnp.asarray(np.random.default_rng(seed).integers(0, 97, (batch_size, length), np.int32))
 
 
-def random_media(seed: int) -> dict[str, MediaGroups]:
-    """Two frames and a short second of audio in sequences of LENGTH, and an absent group."""
+def random_media(seed: int, absent: bool = False) -> dict[str, MediaGroups]:
+    """Two frames and a short second of audio in two sequences of LENGTH, and an absent group."""
     rng = np.random.default_rng(seed)
-    at = np.array([3, LENGTH + 60, 2 * LENGTH], np.int32)
+    far = 2 * LENGTH if absent else 0
+    at = np.array([3 + far, LENGTH + 60 + far, 2 * LENGTH], np.int32)
     return {
         "visual": MediaGroups(
             rng.integers(0, 256, (3, 16, 12), np.uint8), at, np.array([16, 16, 16], np.int32)
         ),
         "audio": MediaGroups(
             rng.normal(size=(1, 5, 10)).astype(np.float16),
-            np.array([30], np.int32),
+            np.array([30 + far], np.int32),
             np.array([3], np.int32),
         ),
     }
@@ -109,7 +110,8 @@ def batch_of(
             jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :], tokens.shape
         )
     weights = jnp.ones(tokens.shape, jnp.float32)
-    return Batch(tokens, segments, positions, tokens, weights, media or {})
+    media = media or random_media(0, absent=True)  # one tree for all tests: one program to compile
+    return Batch(tokens, segments, positions, tokens, weights, media)
 
 
 @partial(jax.jit, static_argnums=1)
@@ -125,6 +127,9 @@ def jitted_step(p: params.Tree, config: ModelConfig, x: jax.Array, cache: Any, v
 @partial(jax.jit, static_argnums=1)
 def jitted_step_kv(p: params.Tree, config: ModelConfig, x: jax.Array, cache: Any, n: Any) -> Any:
     return transformer.step_kv(p, config, x, cache, n)
+
+
+jitted_moe = jax.jit(moe.moe_mlp, static_argnums=1)
 
 
 def run_steps(
@@ -156,8 +161,8 @@ def assert_close(actual: jax.Array, expected: jax.Array, kv_dtype: str = "float3
     ("config", "chunks"),
     [
         (TINY, (1, 3, 64, 100)),
-        (IMPORTED, (3, 64)),
-        (dataclasses.replace(TINY, kv_dtype="float16"), (1, 64)),
+        (IMPORTED, (64,)),
+        (dataclasses.replace(TINY, kv_dtype="float16"), (1,)),
     ],
     ids=["tiny", "imported", "float16"],
 )
@@ -205,30 +210,23 @@ def test_kv_only_prefill_is_exact_beyond_its_reach() -> None:
 def test_longer_input_does_not_change_earlier_states() -> None:
     p, tokens = random_params(TINY), random_tokens(5)
     whole, _ = jitted_forward(p, TINY, batch_of(tokens))
-    short, _ = jitted_forward(p, TINY, batch_of(tokens[:, :17]))
-    assert_close(short, whole[:, :17])
     changed, _ = jitted_forward(p, TINY, batch_of(tokens.at[:, 100].add(-tokens[:, 100])))
     assert_close(changed[:, :100], whole[:, :100])
     assert float(jnp.abs(changed[:, 100:] - whole[:, 100:]).max()) > 0.01
 
 
-def test_cache_grows_and_round_trips_through_arrays() -> None:
-    config = dataclasses.replace(TINY, kv_dtype="float16")
-    p = random_params(config)
-    x = transformer.embed(p, config, random_tokens(6))
-    cache = caches.init_cache(config, 2, 70)
-    _, cache = run_steps(p, config, x[:, :60], 64, cache)
-    state = caches.state_arrays(config, cache)
-    blocks = caches.block_arrays(config, cache, 0, 60)
-    assert set(blocks) == {"layers/1/k", "layers/1/v"}
-    assert blocks["layers/1/k"].shape == (2, 60, 1, 16)
-    assert blocks["layers/1/k"].dtype == np.float16
-    restored = caches.restore(config, state, blocks, CAPACITY)
-    grown = caches.grow(config, cache, CAPACITY)
-    assert caches.capacity_of(config, restored) == caches.capacity_of(config, grown) == CAPACITY
-    a, _ = run_steps(p, config, x[:, 60:], 64, restored)
-    b, _ = run_steps(p, config, x[:, 60:], 64, grown)
-    np.testing.assert_array_equal(a, b)
+def test_state_is_all_but_the_growing_rows() -> None:
+    cache = caches.init_cache(dataclasses.replace(TINY, kv_dtype="float16"), 2, CAPACITY)
+    assert [layer.k.shape[1] for layer in cache.layers] == [16, CAPACITY]
+    state = caches.state_arrays(TINY, cache)
+    shapes = {path: (array.shape, array.dtype.name) for path, array in state.items()}
+    assert shapes == {
+        "length": ((), "int32"),
+        "layers/0/k": ((2, 16, 2, 8), "float16"),
+        "layers/0/v": ((2, 16, 2, 8), "float16"),
+        "layers/0/tail": ((2, 3, 32), "float32"),
+        "layers/1/tail": ((2, 8, 32), "float32"),
+    }
 
 
 def test_equal_shapes_compile_once() -> None:
@@ -248,10 +246,10 @@ def test_equal_shapes_compile_once() -> None:
 
 @pytest.mark.parametrize("config", [TINY, IMPORTED], ids=["tiny", "imported"])
 def test_packed_documents_do_not_see_each_other(config: ModelConfig) -> None:
-    p, tokens = random_params(config), random_tokens(8, 1)
+    p, tokens = random_params(config), random_tokens(8)
     edges = [(0, 50, 1), (50, 53, 2), (53, 120, 3), (120, LENGTH, 0)]
-    segments = np.zeros((1, LENGTH), np.int32)
-    positions = np.zeros((1, LENGTH), np.int32)
+    segments = np.zeros((2, LENGTH), np.int32)
+    positions = np.zeros((2, LENGTH), np.int32)
     for start, stop, segment in edges:
         segments[:, start:stop] = segment
         positions[:, start:stop] = np.arange(stop - start)
@@ -342,7 +340,7 @@ def test_experts_equal_a_loop_over_tokens(case: str) -> None:
     if case == "empty expert":
         p = {**p, "bias": jnp.asarray([0.0, 0.0, -9.0, 0.0])}
     present = jnp.ones((40,), bool)
-    y, stats = moe.moe_mlp(p, mixture, x, present)
+    y, stats = jitted_moe(p, mixture, x, present)
     np.testing.assert_allclose(y, naive_experts(p, mixture, x), atol=1e-5)
     expected = {"tie": [0.5, 0.5, 0, 0], "one expert": [0, 1, 0, 0]}
     if case in expected:
@@ -354,8 +352,8 @@ def test_experts_equal_a_loop_over_tokens(case: str) -> None:
 def test_absent_tokens_get_nothing() -> None:
     p, mixture, x = expert_setup()
     present = jnp.arange(40, dtype=jnp.int32) < 30
-    y, stats = moe.moe_mlp(p, mixture, x, present)
-    alone, stats_alone = moe.moe_mlp(p, mixture, x[:30], present[:30])
+    y, stats = jitted_moe(p, mixture, x, present)
+    alone, stats_alone = jitted_moe(p, mixture, x[:30], present[:30])
     np.testing.assert_allclose(y[:30], alone, atol=1e-6)
     assert not np.asarray(y[30:]).any()
     for name, value in stats.items():
@@ -363,14 +361,13 @@ def test_absent_tokens_get_nothing() -> None:
 
 
 def test_bias_updates_bring_balance() -> None:
-    p, mixture, x = expert_setup(bias_rate=0.02)
-    p = {**p, "bias": jnp.asarray([3.0, 0.0, 0.0, -3.0])}
+    p, mixture, x = expert_setup()
+    p = {**p, "bias": jnp.asarray([0.2, 0.0, 0.0, -0.2])}
     config = dataclasses.replace(TINY, moe=mixture)
     tree: params.Tree = {"layers": {"1": {"moe": p}}}
     present = jnp.ones((40,), bool)
-    run = jax.jit(moe.moe_mlp, static_argnums=1)
     for _ in range(400):
-        _, stats = run(tree["layers"]["1"]["moe"], mixture, x, present)
+        _, stats = jitted_moe(tree["layers"]["1"]["moe"], mixture, x, present)
         tree = moe.update_biases(tree, config, {"1": stats["load"]})
     assert float(jnp.abs(stats["load"] - 0.25).max()) < 0.06
     untouched = moe.update_biases(tree, IMPORTED, {"1": stats["load"]})
@@ -380,7 +377,11 @@ def test_bias_updates_bring_balance() -> None:
 # --- gradients ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("config", [TINY, IMPORTED], ids=["tiny", "imported"])
+@pytest.mark.parametrize(
+    "config",
+    [TINY, pytest.param(IMPORTED, marks=pytest.mark.slow)],
+    ids=["tiny", "imported"],
+)
 def test_every_parameter_has_a_finite_gradient(config: ModelConfig) -> None:
     config = dataclasses.replace(config, kv_dtype="float16")
     batch = batch_of(random_tokens(11), media=random_media(12))
@@ -442,7 +443,7 @@ def test_the_table_describes_the_arrays(config: ModelConfig) -> None:
         assert len(specs[path].axes) == array.ndim, path
     total, active = params.count_params(config)
     assert total == sum(array.size for array in arrays.values())
-    assert total - active == 2 * 3 * 32 * 16 * 2  # two layers in which two of four experts sleep
+    assert total - active == 2 * 3 * 32 * 16  # two of four experts sleep
 
 
 def test_initial_values_depend_on_the_path_only() -> None:

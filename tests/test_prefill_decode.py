@@ -464,6 +464,16 @@ def test_commands(
     text = gemtool(*ask, "--prompt", "What?", "--format", "text", env=compiled).stdout.decode()
     assert text == alone[0]["text"] + "\n"
 
+    # To a file, which appears whole or not at all.
+    assert gemtool(*ask, "-o", "a.jsonl", input=b"What?\n", env=compiled).stdout == b""
+    answers = (tmp_path / "a.jsonl").read_bytes()
+    assert json.loads(answers)["tokens"] == alone[0]["tokens"]
+    again = ("--prompts", "p.jsonl", "-o", "a.jsonl")
+    assert gemtool(*ask, *again, env=compiled, check=False).returncode == 2, "without -f"
+    (tmp_path / "p.jsonl").write_text('{"prompt": "x"}\n{"promt": "y"}\n')
+    assert gemtool(*ask, *again, "-f", env=compiled, check=False).returncode == 3
+    assert (tmp_path / "a.jsonl").read_bytes() == answers
+
 
 def test_command_refusals(
     gemtool: Command, compiled: dict[str, str], folder: Path, two: Path, tmp_path: Path,
@@ -534,6 +544,8 @@ def test_prompts_are_read_line_by_line() -> None:
         ('{"prompt": "a", "top_p": 2}', "top-p is 2; expected"),
         ('{"prompt": "a", "stop": [1]}', "'stop' must be"),
         ('{"prompt": "a", "seed": -1}', "not be negative"),
+        ('{"prompt": "a", "id": "\\ud800"}', "surrogates"),
+        ("[" * 100_000, "line 1"),
     ],
 )
 def test_bad_prompts_are_named(line: str, message: str) -> None:

@@ -203,6 +203,22 @@ def test_resuming_another_run_is_refused(
     assert gemtool(*arguments, check=False).returncode == 2, "--resume without a file"
 
 
+def test_resuming_with_other_cases_is_refused(
+    gemtool: Command, checkpoint: Path, tmp_path: Path
+) -> None:
+    """The same place of another grid or haystack is another case."""
+    row = json.loads(
+        gemtool("probe", "needle", "--ckpt", checkpoint, "--lengths", 200).stdout.splitlines()[0]
+    )
+    partial = tmp_path / "rows.jsonl.partial"
+    for change, message in ({"answer": "1"}, b"answer"), ({"length": 201}, b"length 201"):
+        partial.write_text(json.dumps({**row, **change}) + "\n")
+        arguments = ("--lengths", 200, "--resume", "-o", "rows.jsonl")
+        done = gemtool("probe", "needle", "--ckpt", checkpoint, *arguments, check=False)
+        assert done.returncode == 1
+        assert message in done.stderr
+
+
 def test_mistakes(gemtool: Command, tmp_path: Path) -> None:
     for arguments, code, message in (
         (("nedle", "--ckpt", "x"), 2, "did you mean 'needle'"),

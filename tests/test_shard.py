@@ -17,8 +17,9 @@ import pytest
 
 from gemtool.cmd.shard import parse_size
 from gemtool.data.packing import Packer
-from gemtool.data.shards import LOCK, ShardFolder, create_shards
+from gemtool.data.shards import ShardFolder, create_shards
 from gemtool.errors import CorruptInput, GemtoolError, UsageError
+from gemtool.stream.files import LOCK
 from gemtool.stream.spans import ArrowSpanWriter, Header, Span
 from tests.conftest import command_environment
 
@@ -170,6 +171,24 @@ def test_other_peoples_folders_are_left_alone(gemtool, tmp_path):
         assert theirs.read_bytes() == b"precious"
 
 
+def test_a_training_run_is_no_unfinished_shard_folder(gemtool, tmp_path):
+    """Its lock has the same name."""
+    (tmp_path / "run").mkdir()
+    for name in (LOCK, "config.toml"):
+        (tmp_path / "run" / name).touch()
+    done = gemtool("shard", "-o", "run", input=stream([]), check=False)
+    assert done.returncode == 2
+    assert b"holds other files" in done.stderr
+
+
+def test_joined_packed_streams_are_counted_as_such(gemtool):
+    """Each numbers its sequences from 0."""
+    one = stream(packed_spans(20))
+    stats = [json.loads(gemtool("view", "--stats", input=one * n).stdout) for n in (1, 2)]
+    assert stats[1]["packed"]["sequences"] == 2 * stats[0]["packed"]["sequences"]
+    assert stats[1]["packed"]["waste"] == stats[0]["packed"]["waste"]
+
+
 def test_a_second_writer_is_kept_out(gemtool, tmp_path):
     (tmp_path / "s").mkdir()
     with (tmp_path / "s" / LOCK).open("w") as lock:
@@ -179,17 +198,25 @@ def test_a_second_writer_is_kept_out(gemtool, tmp_path):
     assert b"another process is writing it" in done.stderr
 
 
+# The command. Where tests run in the background, SIGINT is ignored, also by what they start; and a
+# preexec_fn would fork a process that jax may live in.
+START = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from gemtool.cli import main
+main()
+"""
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_interrupted_and_run_again(gemtool, tmp_path, number):
     first, rest = stream(packed_spans(20, 1)), stream(packed_spans(20, 2))
     running = subprocess.Popen(
-        [sys.executable, "-m", "gemtool", "shard", "-o", "s", "--shard-size", "100kB", "--no-pg"],
+        [sys.executable, "-c", START, "shard", "-o", "s", "--shard-size", "100kB", "--no-pg"],
         stdin=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         cwd=tmp_path,
         env=command_environment(),
-        # Where tests run in the background, SIGINT is ignored, and ignored by what they start.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     with running:
         assert running.stdin is not None

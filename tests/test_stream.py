@@ -133,6 +133,23 @@ def test_flipped_bits_are_never_believed(tmp_path: Path) -> None:
     assert noticed > 200
 
 
+def test_the_names_of_kinds_are_checked_too(tmp_path: Path) -> None:
+    """Arrow sends them once, apart from the batches and their checksums: flip every bit of them."""
+    spans = some_spans(1)
+    data = bytearray(write(tmp_path / "s", spans))
+    end = data.index(b"textimagevideoaudiocontrol") + 26
+    for byte in range(end - 64, end):  # offsets, then letters
+        for bit in range(8):
+            data[byte] ^= 1 << bit
+            (tmp_path / "flip").write_bytes(data)
+            data[byte] ^= 1 << bit
+            try:
+                assert_same(read(tmp_path / "flip"), spans)
+            except CorruptInput:
+                continue
+            assert byte < end - 26, "a damaged name was believed"
+
+
 def test_recover_keeps_what_was_whole(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     spans = some_spans(3) * (BATCH_ROWS // 3)  # 3 batches of 1,000 rows or 16 MiB
     data = write(tmp_path / "s", spans)
@@ -167,6 +184,13 @@ def test_hand_written_jsonl(tmp_path: Path) -> None:
         ('{"doc":"d","span":0,"kind":"text","tokens":[1],"loss":[1,2]}', "2 values for 1"),
         ('{"doc":"d","span":0,"kind":"text","tokens":[-1]}', "negative"),
         ('{"doc":"d","span":0,"kind":"text","tokens":[99999999999]}', "numbers"),
+        ('{"doc":"d","span":0,"kind":"text","tokens":[1.5]}', "whole numbers"),
+        ('{"doc":"d","span":0,"kind":"text","tokens":[[1]]}', "whole numbers"),
+        ('{"doc":"d","span":0,"kind":"text","tokens":[1],"start":1e999}', "'start' is inf"),
+        ('{"doc":"d","span":0,"kind":"text","tokens":[1],"segment":4294967296}', "'segment'"),
+        ('{"doc":"d","span":0,"kind":"text","tokens":[1],"meta":"m"}', "'meta'"),
+        ('{"doc":"\\ud800","span":0,"kind":"text","tokens":[1]}', "surrogates"),
+        ("[" * 100_000, "not JSON"),
         ('{"doc":"d","span":0,"kind":"image","tokens":[7],"payload":"!"}', "payload_shape"),
         ("[1]", "not a JSON object"),
         ("nonsense", "begins with"),

@@ -22,7 +22,7 @@ from gemtool.data.packing import Packer
 from gemtool.data.settings import MediaSettings
 from gemtool.data.shards import create_shards
 from gemtool.data.vocab import Vocab, train_vocab
-from gemtool.errors import GemtoolError
+from gemtool.errors import GemtoolError, UsageError
 from gemtool.model.batch import Batch, MediaGroups
 from gemtool.model.config import ModelConfig
 from gemtool.model.params import flatten, init_params
@@ -454,6 +454,19 @@ def test_an_existing_run_is_not_overwritten(gemtool, workshop, whole, tmp_path):
     assert (tmp_path / "mine" / "thesis.tex").read_text() == "precious"
 
 
+def test_a_run_killed_in_its_first_save_begins_anew(whole, tmp_path):
+    """Its checkpoint is there, its state, which is written in the background, not yet."""
+    run = tmp_path / "run"
+    shutil.copytree(whole[1], run)
+    for state in (run / "state").iterdir():
+        shutil.rmtree(state)
+    with open_run(run, resume=True) as folder:
+        assert folder.latest() is None
+    (run / "state").rmdir()
+    with pytest.raises(UsageError, match="--init"), open_run(run, resume=True):
+        pass
+
+
 def test_two_trainers_cannot_share_a_folder(monkeypatch, workshop, tmp_path):
     with open_run(tmp_path / "run", resume=True):
         message, code = refused(monkeypatch, workshop, tmp_path / "run", resume=True)
@@ -500,17 +513,19 @@ def test_init_starts_from_other_weights(gemtool, monkeypatch, workshop, whole, t
         ({"init": "nowhere"}, "--model", 2),
         ({"init": "nowhere", "model": None}, "nowhere", 1),
         ({"eval": "nowhere"}, "nowhere", 1),
+        ({"eval": "{empty}"}, "holds no sequences", 1),
     ],
 )
 def test_mistakes(monkeypatch, workshop, tmp_path, options, message, code):
     bad = tmp_path / "bad.toml"
     bad.write_text(MODEL.replace("d_ff", "dff"))
+    write_shards(tmp_path / "empty", Vocab.load(workshop / "vocab.model"), [])
 
     def fill(value: Any) -> Any:
         if isinstance(value, tuple):
             return tuple(map(fill, value))
         if isinstance(value, str):
-            return value.format(shards=workshop / "shards", bad=bad)
+            return value.format(shards=workshop / "shards", bad=bad, empty=tmp_path / "empty")
         return value
 
     given = {name: fill(value) for name, value in options.items()}

@@ -7,11 +7,11 @@ import json
 import sys
 from collections.abc import Iterable, Iterator
 from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, BinaryIO
 
 import typer
 
-from gemtool.cmd.options import Seed, common
+from gemtool.cmd.options import Force, Output, Seed, common
 from gemtool.errors import GemtoolError, NoInput, UsageError
 
 if TYPE_CHECKING:
@@ -92,6 +92,8 @@ def decode(
         AnswerFormat,
         typer.Option("--format", help="auto: text on a terminal, else one JSON object an answer."),
     ] = AnswerFormat.auto,
+    output: Output = None,
+    force: Force = False,
     seed: Seed = 0,
 ) -> None:
     """Generate text from prompts, with or without a saved context.
@@ -100,11 +102,9 @@ def decode(
     input. Every prompt is asked of every context by itself, or of the document that it names; with
     several contexts, answers come context by context. Without --cache, prompts are answered alone.
     """
-    if seed < 0:
-        raise UsageError(f"--seed is {seed}; expected 0 or more")
     as_text = format is AnswerFormat.text
     if format is AnswerFormat.auto:
-        as_text = sys.stdout.isatty() and not logprobs
+        as_text = output in (None, "-") and sys.stdout.isatty() and not logprobs
     if as_text and logprobs:
         raise UsageError("--logprobs needs --format jsonl")
     source = _source(prompt, prompt_file, prompts, cache)
@@ -112,6 +112,7 @@ def decode(
     from gemtool.infer.sampling import Sampling
     from gemtool.infer.text import Prompt
     from gemtool.runtime import setup_jax
+    from gemtool.stream.files import open_output
 
     default = Prompt(
         text=prompt or "",
@@ -123,8 +124,11 @@ def decode(
         logprobs=logprobs,
     )
     setup_jax()
-    with _requests(source, prompts, default) as requests:
-        _answer(ckpt, cache, requests, as_text)
+    with (
+        _requests(source, prompts, default) as requests,
+        open_output(output, force=force, binary=False) as sink,
+    ):
+        _answer(ckpt, cache, requests, sink, as_text)
 
 
 def _source(
@@ -180,18 +184,19 @@ def _requests(
         yield [Request("0", replace(default, text=text.removesuffix("\n")))]
 
 
-def _answer(ckpt: str, cache: str | None, requests: Iterable[Request], as_text: bool) -> None:
+def _answer(
+    ckpt: str, cache: str | None, requests: Iterable[Request], sink: BinaryIO, as_text: bool
+) -> None:
+    """Writes each answer as soon as it is there, and text while it is generated."""
     from gemtool.checkpoint import open_checkpoint
     from gemtool.infer.decode import answers, to_row
     from gemtool.infer.engine import Engine
 
+    def write(text: str) -> None:
+        sink.write(text.encode())
+        sink.flush()
+
     engine = Engine(open_checkpoint(ckpt))
-    for request, doc, answer in answers(engine, cache, requests, _show if as_text else None):
-        if as_text:
-            print(flush=True)
-        else:
-            print(json.dumps(to_row(request, doc, answer), ensure_ascii=False), flush=True)
-
-
-def _show(text: str) -> None:
-    print(text, end="", flush=True)
+    for request, doc, answer in answers(engine, cache, requests, write if as_text else None):
+        row = to_row(request, doc, answer)
+        write("\n" if as_text else json.dumps(row, ensure_ascii=False) + "\n")

@@ -18,7 +18,7 @@ from gemtool.errors import UsageError, did_you_mean
 @common
 def help(  # noqa: A001 (the verb's name)
     verb: Annotated[
-        str | None, typer.Argument(metavar="[VERB]", help="A verb; none is gemtool itself.")
+        str | None, typer.Argument(metavar="VERB", help="A verb; none is gemtool itself.")
     ] = None,
 ) -> None:
     """Show the manual of a verb."""

@@ -19,14 +19,14 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from gemtool import log
-from gemtool.errors import GemtoolError, NoInput, UsageError, did_you_mean
+from gemtool.errors import GemtoolError, NoInput, UsageError, did_you_mean, reason
 
 Inputs = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[INPUT]...", help="Files; - or none is standard input."),
+    typer.Argument(metavar="INPUT", help="Files; - or none is standard input."),
 ]
 Input = Annotated[
-    str | None, typer.Argument(metavar="[INPUT]", help="A file; - or none is standard input.")
+    str | None, typer.Argument(metavar="INPUT", help="A file; - or none is standard input.")
 ]
 Output = Annotated[
     str | None,
@@ -39,7 +39,7 @@ NoPg = Annotated[
 Recover = Annotated[
     bool, typer.Option("--recover", help="Of a damaged input, use what is whole before the damage.")
 ]
-Seed = Annotated[int, typer.Option("--seed", metavar="N", help="Seed of everything random.")]
+Seed = Annotated[int, typer.Option("--seed", metavar="N", min=0, help="Seed of everything random.")]
 Threads = Annotated[
     int,
     typer.Option(
@@ -65,9 +65,9 @@ def _load_config(ctx: typer.Context, value: Path | None) -> Path | None:
     if value is None:
         return None
     try:
-        tables = tomllib.loads(value.read_text())
+        tables = tomllib.loads(value.read_text("utf-8"))
     except OSError as problem:
-        _fail(UsageError(f"{value}: cannot be read: {(problem.strerror or '').lower()}"))
+        _fail(UsageError(f"{value}: cannot be read: {reason(problem)}"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as problem:
         _fail(UsageError(f"{value}: not TOML: {problem}"))
     from gemtool.cli import VERBS
@@ -194,8 +194,7 @@ def _exit_codes(ctx: typer.Context) -> Iterator[None]:
         if problem.errno is None:
             raise
         where = problem.filename or ("<stdout>" if problem.errno == errno.ENOSPC else None)
-        reason = (problem.strerror or str(problem)).lower()
-        _fail(GemtoolError(f"{where}: {reason}" if where else reason))
+        _fail(GemtoolError(f"{where}: {reason(problem)}" if where else reason(problem)))
 
 
 def _fail(problem: GemtoolError) -> NoReturn:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import gzip
 import importlib.resources
 import json
+import os
 import time
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,7 +16,7 @@ import typer
 
 from gemtool import log
 from gemtool.cmd.options import Force, Output, Seed, common
-from gemtool.errors import CorruptInput, GemtoolError, UsageError, did_you_mean
+from gemtool.errors import CorruptInput, GemtoolError, UsageError, did_you_mean, reason
 from gemtool.probes import PROBES
 
 if TYPE_CHECKING:
@@ -67,6 +69,8 @@ def probe(
         raise UsageError("--resume needs -o FILE: standard output cannot be read back")
     grid = parse_lengths(lengths)
     target = None if output in (None, "-") else Path(str(output))
+    if target is not None and target.exists() and not target.is_file():
+        raise UsageError(f"{target}: is no regular file; leave -o out for standard output")
     if target is not None and target.exists() and not force:
         if resume:
             log.info(f"{target}: complete already, nothing to do")
@@ -88,7 +92,7 @@ def probe(
         needle.cases(engine.vocab, text, lengths=grid, depths=depths, repetitions=cases, seed=seed)
     )
     run = {"probe": name, "model": engine.checkpoint.fingerprint, "seed": seed, "prefix": prefix}
-    with RowLog(target, resume=resume, run=run) as rows:
+    with RowLog(target, run, wanted, resume=resume) as rows:
         total = sum(case.length for case in wanted)
         with log.progress(f"probe {name}", total=total, unit="tokens") as bar:
             for case in wanted:
@@ -99,7 +103,7 @@ def probe(
                 bar.update(case.length)
         found = [rows.done[case.length, case.depth, case.case] for case in wanted]
         if summary:
-            rows.replace(cells(found))
+            rows.summary = list(cells(found))
     if plot is not None:
         from gemtool.probes.plot import plot_heat_map
 
@@ -135,28 +139,55 @@ def run_case(engine: Engine, case: Case, *, prefix: bool) -> dict[str, Any]:
 class RowLog:
     """The rows of a run: printed, or gathered in FILE.partial until FILE is whole.
 
+    Args:
+        target: FILE; None is standard output.
+        run: what all rows say of the run.
+        wanted: the cases of the run.
+        resume: take over the rows of an interrupted run.
+
     Attributes:
         done: rows by (length, depth, case), those of an interrupted run included.
+        summary: if set, the rows that are written in the end instead.
+
+    Raises:
+        GemtoolError: the rows to take over are of another run.
     """
 
-    def __init__(self, target: Path | None, *, resume: bool, run: dict[str, Any]) -> None:
+    def __init__(
+        self, target: Path | None, run: dict[str, Any], wanted: list[Case], *, resume: bool
+    ) -> None:
+        from gemtool.stream.files import atomic_write
+
         self._target = target
         self.done: dict[tuple[int, float, int], dict[str, Any]] = {}
+        self.summary: list[dict[str, Any]] | None = None
         if target is None:
             return
         self._partial = target.with_name(target.name + ".partial")
         if resume and self._partial.exists():
+            cases = {(case.length, case.depth, case.case): case for case in wanted}
             for row in read_rows(self._partial):
-                for key, value in run.items():
-                    if row.get(key) != value:
-                        raise GemtoolError(
-                            f"{self._partial}: its rows have {key} {row.get(key)!r}, this run "
-                            f"{value!r}; finish that run as it was begun, or remove the file"
-                        )
-                self.done[row["length"], row["depth"], row["case"]] = row
-        kept = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self.done.values())
-        self._partial.write_text(kept)
-        self._file = self._partial.open("a")
+                key = row["length"], row["depth"], row["case"]
+                self._require_same(row, run, cases.get(key))
+                self.done[key] = row
+        atomic_write(self._partial, to_lines(self.done.values()))
+        self._file = self._partial.open("ab")
+
+    def _require_same(self, row: dict[str, Any], run: dict[str, Any], case: Case | None) -> None:
+        """Refuses a row that this run would not have written."""
+        again = "finish that run as it was begun, or remove the file"
+        own = run if case is None else {**run, "needle_at": case.needle_at, "answer": case.answer}
+        for name, value in own.items():
+            if row.get(name) != value:
+                raise GemtoolError(
+                    f"{self._partial}: its rows have {name} {row.get(name)!r}, this run {value!r}; "
+                    + again
+                )
+        if case is None:
+            raise GemtoolError(
+                f"{self._partial}: case {row['case']} at length {row['length']} and depth "
+                f"{row['depth']} is none of this run; {again}"
+            )
 
     def __enter__(self) -> RowLog:
         return self
@@ -164,28 +195,34 @@ class RowLog:
     def add(self, row: dict[str, Any], *, shown: bool) -> None:
         """Records a row at once; without a file, prints it if it is to be shown."""
         self.done[row["length"], row["depth"], row["case"]] = row
-        line = json.dumps(row, ensure_ascii=False)
         if self._target is not None:
-            self._file.write(line + "\n")
+            self._file.write(to_lines([row]))
             self._file.flush()
         elif shown:
-            print(line, flush=True)
-
-    def replace(self, rows: Iterable[dict[str, Any]]) -> None:
-        """Makes these the result, instead of a row a case."""
-        lines = [json.dumps(row, ensure_ascii=False) for row in rows]
-        if self._target is None:
-            print("\n".join(lines), flush=True)
-            return
-        from gemtool.stream.files import atomic_write
-
-        atomic_write(self._partial, ("\n".join(lines) + "\n").encode())
+            print(json.dumps(row, ensure_ascii=False), flush=True)
 
     def __exit__(self, kind: Any, value: Any, traceback: Any) -> None:
-        if self._target is not None:
-            self._file.close()
-            if kind is None:
-                self._partial.replace(self._target)
+        from gemtool.stream.files import atomic_write, sync_folder
+
+        if self._target is None:
+            if kind is None and self.summary is not None:
+                print(to_lines(self.summary).decode(), end="", flush=True)
+            return
+        with self._file:
+            os.fsync(self._file.fileno())
+        if kind is not None:
+            return
+        if self.summary is None:
+            self._partial.replace(self._target)
+            sync_folder(self._target.parent)
+        else:
+            atomic_write(self._target, to_lines(self.summary))
+            self._partial.unlink()
+
+
+def to_lines(rows: Iterable[dict[str, Any]]) -> bytes:
+    """JSONL."""
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
 
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:
@@ -244,8 +281,9 @@ def read_haystack(paths: list[Path] | None) -> str:
             data = path.read_bytes()
             texts.append((gzip.decompress(data) if path.suffix == ".gz" else data).decode())
         except OSError as problem:
-            reason = (problem.strerror or str(problem)).lower()
-            raise GemtoolError(f"{path}: cannot be read: {reason}") from None
+            raise GemtoolError(f"{path}: cannot be read: {reason(problem)}") from None
+        except (EOFError, zlib.error) as problem:
+            raise CorruptInput(f"{path}: damaged: {problem}") from None
         except UnicodeDecodeError as problem:
             raise CorruptInput(f"{path}: not UTF-8 text, at byte {problem.start}") from None
     return "\n".join(texts)

@@ -54,6 +54,8 @@ def view(
         raise UsageError(" and ".join(f"--{mode}" for mode in chosen) + " exclude each other")
     mode = chosen[0] if chosen else Mode.table
     if input is not None and Path(input).is_dir():
+        if recover:
+            raise UsageError("--recover is for span streams; a folder has no truncated end")
         lines = view_folder(Path(input), mode, vocab)
     else:
         lines = view_stream(input, mode, vocab, recover)
@@ -82,6 +84,8 @@ def view_stream(path: str | None, mode: Mode, vocab: Path | None, recover: bool)
     with open_input(path) as file:
         source = Source(file)
         if stream_kind(source) == "context":
+            if recover:
+                raise UsageError("--recover is for span streams; half a context answers nothing")
             yield from view_contexts(source, name, mode)
             return
         reader = read_spans(source, name, recover=recover)
@@ -118,16 +122,14 @@ def span_stats(spans: Iterable[Span], packed: Mapping[str, Any] | None) -> dict[
 
     kinds = dict.fromkeys(KINDS, 0)
     seconds = {"audio": 0.0, "video": 0.0}
-    documents = rows = 0
-    sequences: set[int] = set()
+    documents = rows = sequences = 0
     for span in spans:
         rows += 1
         documents += span.span == 0 and span.start == 0
         kinds[span.kind] += len(span.tokens)
         if span.time is not None and span.kind in seconds:
             seconds[span.kind] += (span.time[1] - span.time[0]) / 1e6
-        if span.seq is not None:
-            sequences.add(span.seq)
+        sequences += span.offset == 0  # numbers repeat where packed streams were joined
     total = sum(kinds.values())
     result: dict[str, Any] = {
         "documents": documents,
@@ -136,10 +138,10 @@ def span_stats(spans: Iterable[Span], packed: Mapping[str, Any] | None) -> dict[
         "seconds": {kind: round(value, 3) for kind, value in seconds.items()},
     }
     if packed is not None:
-        room = len(sequences) * int(packed["length"])
+        room = sequences * int(packed["length"])
         result["packed"] = {
             "length": packed["length"],
-            "sequences": len(sequences),
+            "sequences": sequences,
             "waste": round(1 - total / room, 6) if room else 0.0,
         }
     return result
@@ -151,7 +153,7 @@ def span_table(spans: Iterable[Span], vocab: Vocab | None) -> Iterator[str]:
     for span in spans:
         time = "" if span.time is None else f"{span.time[0] / 1e6:.2f}-{span.time[1] / 1e6:.2f}"
         place = "" if span.seq is None else f"{span.seq}:{span.offset}/{span.segment}"
-        row = (span.doc, span.span, span.kind, len(span.tokens), span.start, time, place)
+        row = (escaped(span.doc), span.span, span.kind, len(span.tokens), span.start, time, place)
         yield "\t".join([*map(str, row), preview(span, vocab)])
 
 
@@ -166,8 +168,13 @@ def preview(span: Span, vocab: Vocab | None, width: int = 60) -> str:
         return " ".join(CONTROL_TOKENS[t] if t < CONTROL_COUNT else str(t) for t in head)
     if vocab is None:
         return " ".join(map(str, head))[:width]
-    text = json.dumps(vocab.decode(head), ensure_ascii=False)[1:-1]
+    text = escaped(vocab.decode(head))
     return text if len(text) <= width else text[: width - 1] + "…"
+
+
+def escaped(text: str) -> str:
+    """Text on one line, in which nothing commands a terminal."""
+    return json.dumps(text, ensure_ascii=False)[1:-1]
 
 
 def find_vocab(path: Path | None, header: Header) -> Vocab | None:
@@ -245,7 +252,7 @@ def view_checkpoint(folder: Path, mode: Mode) -> Iterator[str]:
 
     checkpoint = open_checkpoint(str(folder))
     if mode is Mode.header:
-        yield (folder / "config.toml").read_text().rstrip()
+        yield (folder / "config.toml").read_text("utf-8").rstrip()
     elif mode is Mode.jsonl:
         for name, tensor in sorted(checkpoint.tensors().items()):
             yield to_json({"name": name, "shape": list(tensor.shape), "dtype": tensor.dtype.name})

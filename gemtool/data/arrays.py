@@ -24,9 +24,9 @@ _DTYPES: dict[str, np.dtype] = {"visual": np.dtype(np.uint8), "audio": np.dtype(
 class Groups:
     """Soft tokens of one encoder, in groups of P: a tile, a frame or a second of audio each.
 
-    ``values``  [N, P, F]: uint8 pixels (F = 588) or float16 log-mel (F = 320).
-    ``at``      int32 [N], position of the first soft token.
-    ``rows``    int32 [N], how many of the P rows are real; the others are zeros.
+    `values`  [N, P, F]: uint8 pixels (F = 588) or float16 log-mel (F = 320).
+    `at`      int32 [N], position of the first soft token.
+    `rows`    int32 [N], how many of the P rows are real; the others are zeros.
     """
 
     values: np.ndarray

@@ -15,7 +15,7 @@ from gemtool.data.records import Record, parse_record
 from gemtool.data.settings import MediaSettings
 from gemtool.data.sniff import EXTENSIONS, HEAD, RECORDS, Modality, extension_kind, sniff
 from gemtool.data.text import text_chunks
-from gemtool.errors import CorruptInput, GemtoolError, UsageError
+from gemtool.errors import CorruptInput, GemtoolError, UsageError, reason
 from gemtool.stream.checked import Source
 from gemtool.stream.files import display_name, is_stdin, open_input
 
@@ -154,7 +154,7 @@ def _failing(problem: GemtoolError | OSError, name: str) -> Iterator[Part]:
 
 
 def _unreadable(name: str, problem: OSError) -> GemtoolError:
-    return GemtoolError(f"{name}: cannot be read: {(problem.strerror or str(problem)).lower()}")
+    return GemtoolError(f"{name}: cannot be read: {reason(problem)}")
 
 
 # JSONL

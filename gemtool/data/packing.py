@@ -174,6 +174,7 @@ class WaitingRoom:
             for array in (tokens, loss, payload):
                 if array is not None:
                     self._file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+            self._file.flush()  # a full disk shows here, not where other spans are read
         except OSError as problem:
             if problem.errno != errno.ENOSPC:
                 raise

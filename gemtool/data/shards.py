@@ -12,10 +12,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
-import os
 import re
 import threading
 import zlib
@@ -27,14 +25,21 @@ from typing import Any, BinaryIO
 
 import pyarrow as pa
 
-from gemtool.errors import CorruptInput, GemtoolError, UsageError
+from gemtool.errors import CorruptInput, GemtoolError, UsageError, reason
 from gemtool.stream.checked import batch_crc32
-from gemtool.stream.files import atomic_file, atomic_write, sync_folder
-from gemtool.stream.spans import KINDS, SPAN_SCHEMA, Header, Span, batch_of, spans_of
+from gemtool.stream.files import LOCK, atomic_file, atomic_write, locked, sync_folder
+from gemtool.stream.spans import (
+    KINDS,
+    SPAN_SCHEMA,
+    Header,
+    Span,
+    batch_of,
+    spans_of,
+    wrong_columns,
+)
 
 VERSION = 1
 MANIFEST = "manifest.json"
-LOCK = ".gemtool-lock"
 CHUNK = 4096
 SHARD_SIZE = 1 << 30
 
@@ -97,8 +102,7 @@ def create_shards(
         except OSError as problem:
             if problem.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise
-            reason = (problem.strerror or "").lower()
-            raise GemtoolError(f"{folder}: cannot be written: {reason}") from None
+            raise GemtoolError(f"{folder}: cannot be written: {reason(problem)}") from None
 
 
 @contextlib.contextmanager
@@ -107,16 +111,18 @@ def _claim(folder: Path, force: bool) -> Iterator[None]:
     if (folder / MANIFEST).exists() and not force:
         raise UsageError(f"{folder}: is a complete shard folder already; add -f to replace it")
     is_new = not folder.exists()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        names = {entry.name for entry in folder.iterdir()}
-        if names and not names & {MANIFEST, LOCK}:
-            raise UsageError(f"{folder}: holds other files; name a new or an empty folder")
-        lock = _lock(folder)
-    except OSError as problem:
-        reason = (problem.strerror or str(problem)).lower()
-        raise GemtoolError(f"{folder}: cannot be written: {reason}") from None
-    try:
+    with contextlib.ExitStack() as stack:
+        if is_new:
+            stack.callback(_remove_if_empty, folder)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            names = {entry.name for entry in folder.iterdir()}
+            unfinished = LOCK in names and all(map(_OURS.fullmatch, names - {LOCK}))
+            if names and MANIFEST not in names and not unfinished:
+                raise UsageError(f"{folder}: holds other files; name a new or an empty folder")
+            stack.enter_context(locked(folder))
+        except OSError as problem:
+            raise GemtoolError(f"{folder}: cannot be written: {reason(problem)}") from None
         if (folder / MANIFEST).exists() and not force:  # finished by another one just now
             raise UsageError(f"{folder}: is a complete shard folder already; add -f to replace it")
         try:
@@ -128,28 +134,11 @@ def _claim(folder: Path, force: bool) -> Iterator[None]:
         except BaseException:
             _clean(folder)
             raise
-    finally:
-        (folder / LOCK).unlink(missing_ok=True)
-        os.close(lock)
-        if is_new:
-            with contextlib.suppress(OSError):  # not empty: all went well
-                folder.rmdir()
 
 
-def _lock(folder: Path) -> int:
-    while True:
-        descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # The holder before us removes the file as it leaves: what we locked may be gone.
-            if os.path.samestat(os.fstat(descriptor), (folder / LOCK).stat()):
-                return descriptor
-        except BlockingIOError:
-            os.close(descriptor)
-            raise GemtoolError(f"{folder}: another process is writing it") from None
-        except FileNotFoundError:
-            pass
-        os.close(descriptor)
+def _remove_if_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 def _clean(folder: Path) -> None:
@@ -388,6 +377,8 @@ class ShardFolder:
             batch, metadata = reader.get_batch_with_custom_metadata(number)
             if not self._is_verified[part][number]:
                 batch.validate()
+                if (wrong := wrong_columns(batch)) is not None:
+                    raise self._damaged(part, wrong)
                 crc = str(batch_crc32(batch)).encode()
                 if metadata is None or metadata.get(b"crc32") != crc:
                     raise self._damaged(part, f"record batch {number} does not match its checksum")
@@ -404,8 +395,6 @@ class ShardFolder:
             except (pa.ArrowException, OSError, ValueError) as problem:
                 raise self._damaged(part, str(problem)) from None
             expected = self.manifest["files"][part]["sequences"] * self._chunks
-            if not reader.schema.equals(SPAN_SCHEMA):
-                raise self._damaged(part, "the columns are not those of spans")
             if reader.num_record_batches != expected:
                 found = reader.num_record_batches
                 raise self._damaged(part, f"{found} record batches, expected {expected}")

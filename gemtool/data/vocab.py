@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from gemtool.control import CONTROL_COUNT, CONTROL_TOKENS
-from gemtool.errors import CorruptInput, GemtoolError, UsageError
+from gemtool.errors import CorruptInput, GemtoolError, UsageError, reason
 
 DEFAULT_MODEL = Path(__file__).with_name("default.model")
 DEFAULT_SIZE = 16384
@@ -86,8 +86,7 @@ class Vocab:
         try:
             model = path.read_bytes()
         except OSError as problem:
-            reason = (problem.strerror or str(problem)).lower()
-            raise GemtoolError(f"{path}: vocabulary cannot be read: {reason}") from None
+            raise GemtoolError(f"{path}: vocabulary cannot be read: {reason(problem)}") from None
         return cls(model, path)
 
     def encode(self, text: str | bytes) -> np.ndarray:

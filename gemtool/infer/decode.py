@@ -58,7 +58,7 @@ def read_requests(file: BinaryIO, name: str, default: Prompt) -> Iterator[Reques
             continue
         try:
             yield _request(json.loads(line), index, default)
-        except (ValueError, GemtoolError) as problem:
+        except (ValueError, RecursionError, GemtoolError) as problem:
             raise CorruptInput(f"{name}: line {number}: {problem}") from None
         index += 1
 
@@ -86,7 +86,9 @@ def _request(row: Any, index: int, default: Prompt) -> Request:
         changes["stop"] = tuple(stop)
     changes["sampling"] = replace(default.sampling, **{k: row[k] for k in _SAMPLING if k in row})
     prompt = replace(default, text=row["prompt"], index=index, **changes)
-    return Request(str(row.get("id", index)), prompt, row.get("doc"))
+    identity = str(row.get("id", index))
+    identity.encode()  # half of a surrogate pair could not be written again
+    return Request(identity, prompt, row.get("doc"))
 
 
 def load_context(engine: Engine, reader: ContextReader) -> Sequence:

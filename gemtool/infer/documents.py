@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -113,6 +114,8 @@ def _expected(path: str) -> tuple[int, int] | None:
                 for _, metadata in pa.ipc.open_stream(file).iter_batches_with_custom_metadata():
                     encoded = None if metadata is None else metadata.get(b"gemtool.footer")
                     if encoded is not None:
+                        if str(zlib.crc32(encoded)).encode() != metadata.get(b"crc32"):
+                            return None
                         footer = json.loads(encoded)
                         found, tokens = found + footer["documents"], tokens + footer["tokens"]
     except (pa.ArrowException, OSError, ValueError, KeyError, TypeError):

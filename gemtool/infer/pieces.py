@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from gemtool.control import PLACEHOLDERS
+from gemtool.data.arrays import ENCODERS
 from gemtool.errors import CorruptInput, GemtoolError
 from gemtool.model.config import ModelConfig
 from gemtool.stream.spans import Span
@@ -21,7 +22,6 @@ GROUPS = 8
 _QUEUE_TOKENS = 8192
 
 _SOFT = np.array(sorted(PLACEHOLDERS), np.int32)
-_ENCODER = {"image": "visual", "video": "visual", "audio": "audio"}
 
 Encode = Callable[[str, np.ndarray], np.ndarray]
 """(kind, raw features [GROUPS, P, F]) -> soft tokens float32 [GROUPS, P, D]."""
@@ -76,7 +76,7 @@ def pieces_of(spans: Iterable[Span], config: ModelConfig, encode: Encode) -> Ite
         queue.append(span)
         tokens += len(span.tokens)
         if span.payload is not None:
-            groups[_ENCODER[span.kind]] += 1
+            groups[ENCODERS[span.kind]] += 1
         if tokens >= _QUEUE_TOKENS or GROUPS in groups.values() or not any(groups.values()):
             yield from _encoded(queue, config, encode)
             queue, tokens = [], 0
@@ -98,9 +98,9 @@ def check_span(span: Span, config: ModelConfig) -> None:
         raise CorruptInput(f"{where}: {soft} soft positions, but a payload of {rows} rows")
     if span.payload is None:
         return
-    if span.kind not in _ENCODER:
+    if span.kind not in ENCODERS:
         raise CorruptInput(f"{where}: a span of kind {span.kind} with a payload")
-    encoder = config.encoder(_ENCODER[span.kind])
+    encoder = config.encoder(ENCODERS[span.kind])
     if rows > encoder.tokens or span.payload[0].size != encoder.features:
         raise GemtoolError(
             f"{where}: its payload is {list(span.payload.shape)}; the {encoder.kind} encoder takes "
@@ -112,7 +112,7 @@ def _encoded(queue: list[Span], config: ModelConfig, encode: Encode) -> Iterator
     soft: dict[int, np.ndarray] = {}
     for kind in ("visual", "audio"):
         media = [
-            i for i, s in enumerate(queue) if s.payload is not None and _ENCODER[s.kind] == kind
+            i for i, s in enumerate(queue) if s.payload is not None and ENCODERS[s.kind] == kind
         ]
         for first in range(0, len(media), GROUPS):
             batch = media[first : first + GROUPS]

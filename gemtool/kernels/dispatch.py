@@ -1,7 +1,7 @@
 """Choose the implementation of a kernel.
 
-The choice is made while tracing. An explicit name (the argument ``impl``, else the environment
-variable ``GEMTOOL_KERNELS``) is obeyed or fails; otherwise the implementations of this platform are
+The choice is made while tracing. An explicit name (the argument `impl`, else the environment
+variable `GEMTOOL_KERNELS`) is obeyed or fails; otherwise the implementations of this platform are
 tried in order, and one that raises `NotImplementedError` passes the call to the next.
 """
 
@@ -33,10 +33,10 @@ def dispatch(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """Call ``implementations[name](*args, **kwargs)`` for the chosen name.
+    """Call `implementations[name](*args, **kwargs)` for the chosen name.
 
     Raises:
-        ValueError: ``impl`` names no implementation of this operation.
+        ValueError: `impl` names no implementation of this operation.
         UsageError: the environment variable names none.
         NotImplementedError: no (chosen) implementation supports these arguments.
     """

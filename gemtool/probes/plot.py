@@ -55,7 +55,8 @@ def plot_heat_map(rows: Sequence[Mapping[str, Any]], target: Path, *, title: str
     axes.set_title(title, fontsize=10)
     for i, j in np.ndindex(mean.shape):
         if count[i, j]:
-            axes.text(j, i, f"{mean[i, j]:.2f}", ha="center", va="center", fontsize=8)
+            ink = "black" if 0.2 < mean[i, j] < 0.85 else "white"
+            axes.text(j, i, f"{mean[i, j]:.2f}", ha="center", va="center", fontsize=8, color=ink)
     figure.colorbar(image, ax=axes, label="recall")
     with atomic_file(target) as file:
         figure.savefig(file, format=target.suffix.lstrip(".") or "png", dpi=150)

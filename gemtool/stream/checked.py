@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, BinaryIO
 
 import pyarrow as pa
@@ -115,7 +115,8 @@ def stream_kind(source: Source) -> str | None:
     return kind if isinstance(kind, str) else None
 
 
-def _dumps(value: dict[str, Any]) -> bytes:
+def encode_json(value: Mapping[str, Any]) -> bytes:
+    """JSON as headers and footers are written: compact, UTF-8, keys in their order."""
     return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
 
 
@@ -134,7 +135,7 @@ class CheckedWriter:
 
     def __init__(self, sink: BinaryIO, schema: pa.Schema, header: dict[str, Any]) -> None:
         self._sink = sink
-        encoded = _dumps(header)
+        encoded = encode_json(header)
         metadata = {"gemtool": encoded, "gemtool.crc32": str(zlib.crc32(encoded))}
         self._schema = schema.with_metadata(metadata)
         self._writer = pa.ipc.new_stream(sink, self._schema)
@@ -152,7 +153,7 @@ class CheckedWriter:
     def close(self, footer: dict[str, Any]) -> dict[str, Any]:
         """Writes the footer (`footer` and the counts) and the end of the stream; returns it."""
         whole = {**footer, "batches": self._batches, "rows": self._rows, "crc32": self._crc}
-        encoded = _dumps(whole)
+        encoded = encode_json(whole)
         empty = pa.RecordBatch.from_pylist([], schema=self._schema)
         self._writer.write_batch(
             empty,
@@ -189,7 +190,7 @@ class CheckedReader:
         encoded = metadata[b"gemtool"]
         if str(zlib.crc32(encoded)).encode() != metadata.get(b"gemtool.crc32"):
             raise self._damaged("the header does not match its checksum")
-        self.header: dict[str, Any] = json.loads(encoded)
+        self.header = self._object(encoded, "header")
         check_kind(self.header, name, stream, version)
         self.schema: pa.Schema = self._reader.schema.remove_metadata()
 
@@ -215,7 +216,7 @@ class CheckedReader:
             if encoded is not None:
                 if str(zlib.crc32(encoded)).encode() != crc:
                     raise self._damaged("the footer does not match its checksum")
-                footer = json.loads(encoded)
+                footer = self._object(encoded, "footer")
                 found = {"batches": count, "rows": rows, "crc32": running}
                 for key, value in found.items():
                     if footer.get(key) != value:
@@ -230,6 +231,15 @@ class CheckedReader:
                 raise self._damaged(f"{where} does not match its checksum")
             running, count, rows = chain_crc32(running, found_crc), count + 1, rows + batch.num_rows
             yield batch
+
+    def _object(self, encoded: bytes, what: str) -> dict[str, Any]:
+        try:
+            value = json.loads(encoded)
+        except (ValueError, RecursionError):
+            value = None
+        if not isinstance(value, dict):
+            raise self._damaged(f"the {what} is not a JSON object")
+        return value
 
     def _skip_end_marker(self) -> None:
         try:

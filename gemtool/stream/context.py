@@ -4,15 +4,15 @@ A checked Arrow IPC stream (`gemtool.stream.checked`); several documents are sev
 after the other. The header says which model, vocabulary and layout the arrays belong to. A record
 batch is one *part*, a row one array:
 
-* ``block``: a range of at most 4,096 tokens: their ids, and the rows that the full-attention
+* `block`: a range of at most 4,096 tokens: their ids, and the rows that the full-attention
   layers keep of them for good (keys and values);
-* ``state``: what the next position needs besides the blocks (windows, convolution tails), after
+* `state`: what the next position needs besides the blocks (windows, convolution tails), after
   every 16th block, so that an interrupted prefill could go on there, and at the end;
-* ``end``: the scores of the next token after the last one.
+* `end`: the scores of the next token after the last one.
 
 The footer has the length, the tokens of each kind and hashes of tokens and media. The id of a
-context is the SHA-256 of its footer. Anything that reads Arrow reads this: ``data`` holds ``shape``
-values of ``dtype``, C order, little endian.
+context is the SHA-256 of its footer. Anything that reads Arrow reads this: `data` holds `shape`
+values of `dtype`, C order, little endian.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ import numpy as np
 import pyarrow as pa
 
 from gemtool.errors import CorruptInput, GemtoolError
-from gemtool.stream.checked import ARROW_MAGIC, CheckedReader, CheckedWriter, Source
+from gemtool.stream.checked import ARROW_MAGIC, CheckedReader, CheckedWriter, Source, encode_json
+from gemtool.stream.columns import binary_view, large_binary
 from gemtool.stream.files import display_name, open_input
 
 VERSION = 1
@@ -180,8 +181,7 @@ class Row:
 
 def context_id(footer: Mapping[str, Any]) -> str:
     """The id of a context: the SHA-256 of its footer, as it stands in the stream."""
-    encoded = json.dumps(footer, ensure_ascii=False, separators=(",", ":")).encode()
-    return hashlib.sha256(encoded).hexdigest()
+    return hashlib.sha256(encode_json(footer)).hexdigest()
 
 
 class ContextWriter:
@@ -228,7 +228,7 @@ class ContextWriter:
         )
 
     def _write(self, part: Part) -> None:
-        arrays = [np.ascontiguousarray(array) for array in part.arrays.values()]
+        arrays = list(part.arrays.values())
         layers, names = zip(*map(_split, part.arrays), strict=True)
         schema = CONTEXT_SCHEMA
         count = len(arrays)
@@ -240,17 +240,9 @@ class ContextWriter:
             pa.array(names, pa.string()),
             pa.array([list(array.shape) for array in arrays], schema.field("shape").type),
             pa.array([array.dtype.name for array in arrays], pa.string()),
-            _large_binary(arrays),
+            large_binary(arrays),
         ]
         self._writer.write(pa.RecordBatch.from_arrays(columns, schema=schema))
-
-
-def _large_binary(arrays: list[np.ndarray]) -> pa.Array:
-    data = np.concatenate([array.reshape(-1).view(np.uint8) for array in arrays])
-    offsets = np.cumsum([0, *(array.nbytes for array in arrays)], dtype=np.int64)
-    return pa.Array.from_buffers(
-        pa.large_binary(), len(arrays), [None, pa.py_buffer(offsets), pa.py_buffer(data)]
-    )
 
 
 def _split(path: str) -> tuple[int | None, str]:
@@ -333,10 +325,7 @@ def _part_of(batch: pa.RecordBatch, name: str) -> Part:
     if len(places) != 1:
         raise CorruptInput(f"{name}: a record batch of {len(places)} parts; expected one")
     ((kind, start, stop),) = places
-    column = batch.column("data")
-    _, offsets, data = column.buffers()
-    at = np.frombuffer(offsets, np.int64)[column.offset : column.offset + len(column) + 1]
-    values = np.frombuffer(data, np.uint8) if data is not None else np.empty(0, np.uint8)
+    values, at = binary_view(batch.column("data"))
     arrays = {}
     for row in range(batch.num_rows):
         layer, short = columns["layer"][row], columns["name"][row]

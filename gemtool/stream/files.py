@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import sys
 import tempfile
@@ -11,7 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from gemtool.errors import GemtoolError, NoInput, UsageError
+from gemtool.errors import GemtoolError, NoInput, UsageError, reason
+
+LOCK = ".gemtool-lock"
+"""File in a folder that one process at a time may write."""
 
 
 def is_stdin(path: str | None) -> bool:
@@ -41,16 +45,10 @@ def open_input(path: str | None) -> Iterator[BinaryIO]:
     assert path is not None
     try:
         file = Path(path).open("rb")  # noqa: SIM115 (closed below)
-        if Path(path).is_dir():
-            raise IsADirectoryError(errno.EISDIR, "Is a directory")
     except OSError as problem:
-        raise GemtoolError(f"{path}: cannot be read: {_reason(problem)}") from None
+        raise GemtoolError(f"{path}: cannot be read: {reason(problem)}") from None
     with file:
         yield file
-
-
-def _reason(problem: OSError) -> str:
-    return (problem.strerror or str(problem)).lower()
 
 
 @contextlib.contextmanager
@@ -92,9 +90,11 @@ def open_output(
     except OSError as problem:
         if isinstance(problem, BrokenPipeError):
             raise
-        if problem.filename is None and problem.errno != errno.ENOSPC:
+        # What the block itself reads, or writes elsewhere, is no failure of this output.
+        mine = problem.filename is not None and Path(problem.filename).parent == target.parent
+        if not mine and (problem.filename is not None or problem.errno != errno.ENOSPC):
             raise
-        raise GemtoolError(f"{path}: cannot be written: {_reason(problem)}") from None
+        raise GemtoolError(f"{path}: cannot be written: {reason(problem)}") from None
 
 
 @contextlib.contextmanager
@@ -104,7 +104,7 @@ def atomic_file(target: Path) -> Iterator[BinaryIO]:
     try:
         with os.fdopen(descriptor, "wb") as file:
             # mkstemp makes files private; a result is as readable as any other new file.
-            os.fchmod(file.fileno(), 0o666 & ~_umask())
+            os.fchmod(file.fileno(), FILE_MODE)
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -131,7 +131,43 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keeps other processes that ask for the same lock out of an existing folder.
+
+    Raises:
+        GemtoolError: another process holds the lock.
+    """
+    descriptor = _lock(folder)
+    try:
+        yield
+    finally:
+        (folder / LOCK).unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def _lock(folder: Path) -> int:
+    while True:
+        descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # The holder before us removes the file as it leaves: what we locked may be gone.
+            if os.path.samestat(os.fstat(descriptor), (folder / LOCK).stat()):
+                return descriptor
+        except BlockingIOError:
+            os.close(descriptor)
+            raise GemtoolError(f"{folder}: another process is writing it") from None
+        except FileNotFoundError:
+            pass
+        os.close(descriptor)
+
+
 def _umask() -> int:
     current = os.umask(0)
     os.umask(current)
     return current
+
+
+# Asked for before there are threads, whose new files would see the change.
+FILE_MODE = 0o666 & ~_umask()
+"""Permissions of a new file."""

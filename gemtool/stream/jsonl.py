@@ -18,10 +18,19 @@ import numpy as np
 from gemtool import log
 from gemtool.errors import CorruptInput, did_you_mean
 from gemtool.stream.checked import Source, check_kind
-from gemtool.stream.spans import KINDS, SPAN_SCHEMA, VERSION, Counts, Header, Span, require_same
+from gemtool.stream.spans import (
+    KINDS,
+    PAYLOAD_DTYPES,
+    SPAN_SCHEMA,
+    VERSION,
+    Counts,
+    Header,
+    Span,
+    require_same,
+)
 
 _COLUMNS = SPAN_SCHEMA.names
-_DTYPES = ("uint8", "float16", "float32")
+_BITS = {"span": 31, "start": 63, "seq": 63, "offset": 63, "segment": 31}
 
 
 def span_to_dict(span: Span) -> dict[str, Any]:
@@ -62,11 +71,20 @@ def span_from_dict(row: dict[str, Any]) -> Span:
             raise ValueError(f"field {key!r} is missing or not of type {kind.__name__}")
     if row["kind"] not in KINDS:
         raise ValueError(f"kind {row['kind']!r} is not one of {', '.join(KINDS)}")
+    for key, bits in _BITS.items():
+        value = row.get(key)
+        if value is not None and (type(value) is not int or not 0 <= value < 1 << bits):
+            raise ValueError(f"{key!r} is {value!r}; expected a whole number below 2**{bits}")
+    if not isinstance(row.get("meta", {}), dict | None):
+        raise ValueError("'meta' is not an object")
+    json.dumps([row["doc"], row.get("meta")], ensure_ascii=False).encode()  # no half surrogates
     try:
-        tokens = np.array(row["tokens"], np.int32).reshape(-1)
+        if not all(type(token) is int for token in row["tokens"]):
+            raise TypeError
+        tokens = np.array(row["tokens"], np.int32)
         loss = None if row.get("loss") is None else np.array(row["loss"], np.float32)
     except (TypeError, ValueError, OverflowError):
-        raise ValueError("'tokens' and 'loss' must be lists of numbers") from None
+        raise ValueError("'tokens' must be a list of whole numbers, 'loss' of numbers") from None
     if len(tokens) and tokens.min() < 0:
         raise ValueError("'tokens' must not be negative")
     if loss is not None and loss.shape != tokens.shape:
@@ -78,7 +96,7 @@ def span_from_dict(row: dict[str, Any]) -> Span:
             span=row["span"],
             kind=row["kind"],
             tokens=tokens,
-            start=int(row.get("start") or 0),
+            start=row.get("start") or 0,
             loss=loss,
             payload=_payload(row),
             time=None if time is None else (int(time["start"]), int(time["end"])),
@@ -87,7 +105,7 @@ def span_from_dict(row: dict[str, Any]) -> Span:
             offset=row.get("offset"),
             segment=row.get("segment"),
         )
-    except (KeyError, TypeError) as problem:
+    except (KeyError, TypeError, OverflowError) as problem:
         raise ValueError(f"a field has the wrong form ({problem})") from None
 
 
@@ -95,8 +113,8 @@ def _payload(row: dict[str, Any]) -> np.ndarray | None:
     if row.get("payload") is None:
         return None
     shape, dtype = row.get("payload_shape"), row.get("payload_dtype")
-    if dtype not in _DTYPES or not isinstance(shape, list):
-        raise ValueError(f"'payload' needs 'payload_shape' and 'payload_dtype' ({_DTYPES})")
+    if dtype not in PAYLOAD_DTYPES or not isinstance(shape, list):
+        raise ValueError(f"'payload' needs 'payload_shape' and 'payload_dtype' ({PAYLOAD_DTYPES})")
     try:
         raw = base64.b64decode(row["payload"], validate=True)
         return np.frombuffer(raw, dtype).reshape(shape)
@@ -160,7 +178,7 @@ class JsonlSpanReader:
                 continue
             try:
                 value = json.loads(line)
-            except ValueError as problem:
+            except (ValueError, RecursionError) as problem:
                 raise self._damaged(f"not JSON ({problem})") from None
             if not isinstance(value, dict):
                 raise self._damaged("not a JSON object")

@@ -19,9 +19,10 @@ import numpy as np
 import pyarrow as pa
 
 from gemtool import __version__, log
-from gemtool.control import UNTRAINED_TARGETS
+from gemtool.control import CONTROL_COUNT, UNTRAINED_TARGETS
 from gemtool.errors import CorruptInput, GemtoolError
 from gemtool.stream.checked import ARROW_MAGIC, CheckedReader, CheckedWriter, Source
+from gemtool.stream.columns import binary_view, large_binary, large_list, list_view
 from gemtool.stream.files import display_name, open_input, open_output
 
 VERSION = 1
@@ -53,7 +54,12 @@ SPAN_SCHEMA = pa.schema(
 )
 
 _SCALARS = "span start payload_shape payload_dtype time meta seq offset segment".split()
-_UNTRAINED = np.array(sorted(UNTRAINED_TARGETS), np.int32)
+PAYLOAD_DTYPES = ("uint8", "float16", "float32")
+
+# Default weight of a control token as a target. The last one, which is reserved, stands for all
+# tokens behind it too.
+_WEIGHTS = np.ones(CONTROL_COUNT, np.float32)
+_WEIGHTS[sorted(UNTRAINED_TARGETS)] = 0
 
 
 @dataclass(slots=True)
@@ -91,7 +97,7 @@ class Span:
             return self.loss
         if self.kind == "text":
             return np.ones(len(self.tokens), np.float32)
-        return (~np.isin(self.tokens, _UNTRAINED)).astype(np.float32)
+        return _WEIGHTS.take(self.tokens, mode="clip")
 
 
 @dataclass(frozen=True)
@@ -195,10 +201,10 @@ def batch_of(spans: list[Span]) -> pa.RecordBatch:
         pa.array([s.doc for s in spans], pa.string()),
         pa.array([s.span for s in spans], pa.int32()),
         kinds,
-        _large_list([s.tokens for s in spans], np.int32),
+        large_list([s.tokens for s in spans], np.int32),
         pa.array([s.start for s in spans], pa.int64()),
-        _large_list([s.loss for s in spans], np.float32),
-        _large_binary([s.payload for s in spans]),
+        large_list([s.loss for s in spans], np.float32),
+        large_binary([s.payload for s in spans]),
         pa.array(shapes, schema.field("payload_shape").type),
         pa.array(dtypes, pa.string()),
         pa.array(times, schema.field("time").type),
@@ -218,56 +224,50 @@ def _kind_index(kind: str) -> int:
         raise GemtoolError(f"unknown span kind {kind!r}; expected one of {known}") from None
 
 
-def _offsets(lengths: list[int]) -> np.ndarray:
-    return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64)
+def wrong_columns(batch: pa.RecordBatch) -> str | None:
+    """What keeps a batch from being one of spans, if anything.
 
-
-def _validity(present: list[bool]) -> pa.Buffer | None:
-    if all(present):
-        return None
-    return pa.py_buffer(np.packbits(np.array(present, bool), bitorder="little").tobytes())
-
-
-def _large_list(arrays: list[Any], dtype: Any) -> pa.Array:
-    """large_list of one numpy array a row; None is null."""
-    parts = [np.asarray(a, dtype) for a in arrays if a is not None]
-    values = pa.array(np.concatenate(parts) if parts else np.empty(0, dtype))
-    offsets = pa.py_buffer(_offsets([0 if a is None else len(a) for a in arrays]))
-    valid = _validity([a is not None for a in arrays])
-    return pa.Array.from_buffers(
-        pa.large_list(values.type), len(arrays), [valid, offsets], children=[values]
-    )
-
-
-def _large_binary(arrays: list[np.ndarray | None]) -> pa.Array:
-    """large_binary of the bytes of one array a row (C order); None is null."""
-    parts = [np.ascontiguousarray(a).view(np.uint8).reshape(-1) for a in arrays if a is not None]
-    data = np.concatenate(parts) if parts else np.empty(0, np.uint8)
-    offsets = pa.py_buffer(_offsets([0 if a is None else a.nbytes for a in arrays]))
-    valid = _validity([a is not None for a in arrays])
-    return pa.Array.from_buffers(
-        pa.large_binary(), len(arrays), [valid, offsets, pa.py_buffer(data)]
-    )
+    Arrow sends the names of the kinds apart from the batches, so no checksum covers them.
+    """
+    if not batch.schema.equals(SPAN_SCHEMA):
+        return "the columns are not those of spans"
+    names = batch.column("kind").dictionary
+    try:
+        names.validate(full=True)
+    except pa.ArrowInvalid:
+        return "the names of the kinds are damaged"
+    return None if names.equals(_KIND_NAMES) else "the kinds are not those of spans"
 
 
 def spans_of(batch: pa.RecordBatch) -> Iterator[Span]:
-    """The rows of a batch; tokens, loss and payload are views into its memory."""
+    """The rows of a batch of SPAN_SCHEMA; tokens, loss and payload are views into its memory.
+
+    Raises:
+        CorruptInput: a payload is not what its shape and dtype say.
+    """
     column = {name: batch.column(name) for name in batch.schema.names}
     docs = column["doc"].to_pylist()
     kinds = column["kind"].to_pylist()
     scalars = {key: column[key].to_pylist() for key in _SCALARS}
-    tokens, token_at = _list_view(column["tokens"])
-    loss, loss_at = _list_view(column["loss"])
+    tokens, token_at = list_view(column["tokens"])
+    loss, loss_at = list_view(column["loss"])
     has_loss = column["loss"].is_valid().to_pylist()
-    payload, payload_at = _binary_view(column["payload"])
+    payload, payload_at = binary_view(column["payload"])
     has_payload = column["payload"].is_valid().to_pylist()
     for i in range(batch.num_rows):
         time, meta = scalars["time"][i], scalars["meta"][i]
         features = None
         if has_payload[i]:
             raw = payload[payload_at[i] : payload_at[i + 1]]
-            features = raw.view(np.dtype(scalars["payload_dtype"][i]))
-            features = features.reshape(scalars["payload_shape"][i])
+            shape, dtype = scalars["payload_shape"][i], scalars["payload_dtype"][i]
+            if dtype not in PAYLOAD_DTYPES or shape is None:
+                raise CorruptInput(f"{docs[i]}: row {i} of a batch has a payload of type {dtype}")
+            try:
+                features = raw.view(dtype).reshape(shape)
+            except ValueError:
+                raise CorruptInput(
+                    f"{docs[i]}: a payload of {len(raw):,} bytes is no {dtype} array of {shape}"
+                ) from None
         yield Span(
             doc=docs[i],
             span=scalars["span"][i],
@@ -282,17 +282,6 @@ def spans_of(batch: pa.RecordBatch) -> Iterator[Span]:
             offset=scalars["offset"][i],
             segment=scalars["segment"][i],
         )
-
-
-def _list_view(array: pa.Array) -> tuple[np.ndarray, np.ndarray]:
-    offsets = np.asarray(array.offsets)
-    return np.asarray(array.values), offsets
-
-
-def _binary_view(array: pa.Array) -> tuple[np.ndarray, np.ndarray]:
-    _, offsets, data = array.buffers()
-    at = np.frombuffer(offsets, np.int64)[array.offset : array.offset + len(array) + 1]
-    return np.frombuffer(data, np.uint8) if data is not None else np.empty(0, np.uint8), at
 
 
 # Readers and writers
@@ -332,8 +321,8 @@ class ArrowSpanReader:
         try:
             while True:
                 for batch in self._stream.batches():
-                    if not batch.schema.equals(SPAN_SCHEMA):
-                        raise CorruptInput(f"{self._name}: the columns are not those of spans")
+                    if (wrong := wrong_columns(batch)) is not None:
+                        raise CorruptInput(f"{self._name}: {wrong}")
                     yield batch
                 self.footer = _sum_footers(self.footer, self._stream.footer)
                 if self._source.at_end():

@@ -145,7 +145,7 @@ class Loader:
         folders = [folder for folder, _ in data]
         first = folders[0]
         for folder in folders:
-            _require_match(first, folder)
+            require_match(first, folder)
         self.length = first.length
         self.vocab = first.vocab
         self.settings = MediaSettings.from_dict(first.settings)
@@ -198,18 +198,23 @@ class Loader:
         self._batches.close()
 
 
-def _require_match(first: ShardFolder, other: ShardFolder) -> None:
+def require_match(first: ShardFolder, other: ShardFolder, *, length: bool = True) -> None:
+    """Refuses a folder that is empty or that a model of the first cannot take.
+
+    Raises:
+        GemtoolError: naming what differs: length (where that matters), vocabulary or media settings.
+    """
     if not len(other):
         raise GemtoolError(f"{other.path}: holds no sequences")
     for what, mine, theirs in (
-        ("length", first.length, other.length),
+        ("length", first.length, other.length if length else first.length),
         ("vocabulary", first.vocab.get("fingerprint"), other.vocab.get("fingerprint")),
         ("media settings", _structural(first), _structural(other)),
     ):
         if mine != theirs:
             raise GemtoolError(
                 f"{other.path}: its {what} is {theirs}, that of {first.path} {mine}; "
-                "folders are mixed only when these agree"
+                "folders of a run must agree in these"
             )
 
 

@@ -30,7 +30,7 @@ from gemtool.model.config import PRESETS, ModelConfig, load_preset
 from gemtool.model.params import Tree, count_params
 from gemtool.runtime import setup_jax
 from gemtool.stream.spans import provenance
-from gemtool.train.loader import Loader, evaluation_batches, open_data
+from gemtool.train.loader import Loader, evaluation_batches, open_data, require_match
 from gemtool.train.optimizer import Schedule, default_peak, default_warmup, make_optimizer
 from gemtool.train.state import RunFolder, open_run
 from gemtool.train.step import (
@@ -184,15 +184,7 @@ class _Run:
         if self.options.eval is None:
             return None
         folder = ShardFolder(self.options.eval)
-        trained = self.data[0][0]
-        for what, own, other in (
-            ("vocabulary", folder.vocab.get("fingerprint"), trained.vocab.get("fingerprint")),
-            ("media settings", _structural(folder), _structural(trained)),
-        ):
-            if own != other:
-                raise GemtoolError(
-                    f"{folder.path}: its {what} is {own}, that of {trained.path} {other}"
-                )
+        require_match(self.data[0][0], folder, length=False)
         for kind in sorted(folder.kinds & ENCODERS.keys()):
             self.config.encoder(ENCODERS[kind])
         return folder
@@ -292,10 +284,11 @@ class _Run:
                 if not is_finite:
                     self._fail(step)
                 self.last = {k: v for k, v in row.items() if k not in ("seconds", "tokens_per_s")}
-                if is_last or stop or step % options.save_every == 0:
+                stops_here = bool(stop) and not is_last  # a signal after this is for the next step
+                if is_last or stops_here or step % options.save_every == 0:
                     self._save(step, state)
                 bar.update(1, f"loss {row['loss']:.3f}, {tokens / seconds:,.0f} tokens/s")
-                if stop and not is_last:
+                if stops_here:
                     self.folder.finish()
                     log.info(f"{self.folder.path}: saved step {step:,}; continue with --resume")
                     raise stop[0]
@@ -366,7 +359,7 @@ def load_model(name: str) -> ModelConfig:
     if name in PRESETS:
         return load_preset(name)
     try:
-        return ModelConfig.from_dict(tomllib.loads(Path(name).read_text()))
+        return ModelConfig.from_dict(tomllib.loads(Path(name).read_text("utf-8")))
     except FileNotFoundError:
         raise UsageError(
             f"--model {name}: neither a preset ({', '.join(PRESETS)}) nor a file"
@@ -390,10 +383,6 @@ def fit_to_data(config: ModelConfig, vocab_size: int, settings: MediaSettings) -
 def _shortest(value: Any) -> float:
     """A float32 scalar as the float that prints with no more digits than it takes to tell it."""
     return float(str(np.asarray(value, np.float32)))
-
-
-def _structural(folder: ShardFolder) -> Row:
-    return MediaSettings.from_dict(folder.settings).structural()
 
 
 @contextlib.contextmanager

@@ -10,8 +10,6 @@ step depends on nothing else, repeats bit for bit what an uninterrupted run woul
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,9 +17,9 @@ from typing import Any
 
 from gemtool.checkpoint import CARD, CONFIG, VOCAB, WEIGHTS
 from gemtool.errors import CorruptInput, GemtoolError, UsageError
+from gemtool.stream.files import LOCK, locked
 
 STATE = "state"
-LOCK = ".gemtool-lock"
 _FILES = (WEIGHTS, CARD, CONFIG, VOCAB)
 
 
@@ -66,7 +64,8 @@ class RunFolder:
         arguments = ocp.args.Composite(
             state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(record)
         )
-        self._manager.save(step, args=arguments)
+        with self._writing():
+            self._manager.save(step, args=arguments)
 
     def record(self, step: int) -> dict[str, Any]:
         """The JSON record of a state."""
@@ -87,11 +86,23 @@ class RunFolder:
     def finish(self) -> None:
         """Waits until what was saved is on disk."""
         if self._opened is not None:
-            self._opened.wait_until_finished()
+            with self._writing():
+                self._opened.wait_until_finished()
 
     def close(self) -> None:
         if self._opened is not None:
-            self._opened.close()
+            with self._writing():
+                self._opened.close()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """A save that failed in the background shows at the next call; orbax has no type for it."""
+        try:
+            yield
+        except Exception as problem:
+            raise GemtoolError(
+                f"{self.path / STATE}: cannot be written: {_first_line(problem)}"
+            ) from problem
 
 
 @contextlib.contextmanager
@@ -109,7 +120,7 @@ def open_run(
     Raises:
         UsageError: the folder holds a run and neither `resume` nor `force` is given, a checkpoint
             that is no run, or other things.
-        GemtoolError: another process trains in it.
+        GemtoolError: another process has locked it.
     """
     folder = Path(path)
     if folder.exists() and not folder.is_dir():
@@ -118,22 +129,18 @@ def open_run(
     names = {entry.name for entry in folder.iterdir()}
     if names and not names & {CONFIG, STATE, LOCK}:
         raise UsageError(f"{folder}: holds other files; name a new or an empty folder")
-    descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise GemtoolError(f"{folder}: another process is training in it") from None
+    with locked(folder):
         for entry in _entries(folder):
             if entry.name.startswith(tuple(f".{name}." for name in _FILES)):
                 entry.unlink()  # half-written when an earlier process was killed
         has_state = any(entry.name.isdigit() for entry in _entries(folder / STATE))
-        has_checkpoint = (folder / CONFIG).exists()
         if has_state and not (resume or force):
             raise UsageError(
                 f"{folder}: holds a training run; continue it with --resume or replace it with -f"
             )
-        if has_checkpoint and not has_state and not force:
+        # A run that was killed in its first save may have a checkpoint and no state: it begins anew.
+        is_run = has_state or (resume and (folder / STATE).exists())
+        if (folder / CONFIG).exists() and not (is_run or force):
             raise UsageError(
                 f"{folder}: holds a checkpoint without the state of a run; train on from it with "
                 "--init into another folder, or replace it with -f"
@@ -149,9 +156,6 @@ def open_run(
             yield run
         finally:
             run.close()
-    finally:
-        # This unlocks. The file stays: had it another life, two runs might lock different ones.
-        os.close(descriptor)
 
 
 def _entries(folder: Path) -> list[Path]:
@@ -164,8 +168,11 @@ def _damage(folder: Path) -> Iterator[None]:
     try:
         yield
     except Exception as problem:
-        reason = (str(problem).splitlines() or [type(problem).__name__])[0]
         raise CorruptInput(
-            f"{folder}: the state cannot be restored ({reason}); remove this folder to resume from "
-            "the one before"
+            f"{folder}: the state cannot be restored ({_first_line(problem)}); remove this folder "
+            "to resume from the one before"
         ) from problem
+
+
+def _first_line(problem: Exception) -> str:
+    return (str(problem).splitlines() or [type(problem).__name__])[0]

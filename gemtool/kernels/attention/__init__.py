@@ -34,13 +34,13 @@ def flash_attention(
 ) -> jax.Array:
     """Attend from each query to the keys it can see.
 
-    A query at absolute position ``p = q_start + t`` sees key ``s`` if all of these hold: ``s <= p``
-    (when causal); ``s > p - window`` (when there is a window); ``s < kv_length``; the segments of
+    A query at absolute position `p = q_start + t` sees key `s` if all of these hold: `s <= p`
+    (when causal); `s > p - window` (when there is a window); `s < kv_length`; the segments of
     both are equal and not 0 (when given). A query that sees nothing returns zeros.
 
     Work is proportional to the visible blocks: a buffer of keys may be far larger than
-    ``kv_length``, and a window makes the cost linear in T. Scores, softmax and sums are float32
-    (float64 when ``q`` is float64).
+    `kv_length`, and a window makes the cost linear in T. Scores, softmax and sums are float32
+    (float64 when `q` is float64).
 
     Args:
         q: [B, T, H, D] floating. A temperature belongs in here, multiplied by the caller.
@@ -56,7 +56,7 @@ def flash_attention(
         q_segments: int32 [B, T], with kv_segments: documents of a packed sequence; 0 is padding.
         kv_segments: int32 [B, S].
         sink: floating [H]: a logit that takes part in the softmax and has no value.
-        soft_cap: scores become ``soft_cap * tanh(scores / soft_cap)``.
+        soft_cap: scores become `soft_cap * tanh(scores / soft_cap)`.
         impl: name of the implementation; by default the best of this platform.
 
     Returns:

@@ -271,7 +271,7 @@ class _Plan:
         return scores, slope
 
     def over_keys(self, step: jax.Array, body: Callable[..., Any], carry: Any) -> Any:
-        """Fold ``body(j, carry, masked)`` over the key blocks that a step of the scan can see."""
+        """Fold `body(j, carry, masked)` over the key blocks that a step of the scan can see."""
         first, middle, last = self.bounds(step)
         if not self.always_masked:
             carry = lax.fori_loop(first, middle, functools.partial(body, masked=False), carry)
@@ -385,7 +385,7 @@ def _backward(
 
 
 def _add_at(buffer: jax.Array, at: tuple[jax.Array, ...], block: jax.Array) -> jax.Array:
-    """``buffer[at : at + block.shape] += block``; in place where the buffer is a loop's carry."""
+    """`buffer[at : at + block.shape] += block`; in place where the buffer is a loop's carry."""
     return lax.dynamic_update_slice(buffer, lax.dynamic_slice(buffer, at, block.shape) + block, at)
 
 
