@@ -91,8 +91,8 @@ def open_output(
         if isinstance(problem, BrokenPipeError):
             raise
         # What the block itself reads, or writes elsewhere, is no failure of this output.
-        mine = problem.filename is not None and Path(problem.filename).parent == target.parent
-        if not mine and (problem.filename is not None or problem.errno != errno.ENOSPC):
+        where = None if problem.filename is None else Path(problem.filename).absolute().parent
+        if where != target.absolute().parent and (where or problem.errno != errno.ENOSPC):
             raise
         raise GemtoolError(f"{path}: cannot be written: {reason(problem)}") from None
 
