@@ -379,6 +379,17 @@ def test_chat(gemtool: Command, tmp_path: Path, media: Path, vocab: Vocab) -> No
     assert {span.doc for span in spans} == {"<stdin>:1"}
 
 
+def test_a_chat_about_a_text(gemtool: Command, tmp_path: Path, vocab: Vocab) -> None:
+    chat = [{"role": "user", "content": "Who?"}, {"role": "model", "content": "Me."}]
+    lines = (json.dumps({"text": "A text.", "messages": chat}) + "\n").encode()
+    spans = read(gemtool("tokenize", input=lines).stdout, tmp_path)
+    assert [(s.kind, float(s.weights().mean())) for s in spans] == [
+        ("text", 1), ("control", 0), ("text", 0), ("control", 0),
+        ("control", 0), ("text", 1), ("control", 1), ("control", 1),
+    ]  # fmt: skip
+    assert vocab.decode(spans[0].tokens) == "A text."
+
+
 def test_a_long_line_is_cut_as_a_file_is(gemtool: Command, tmp_path: Path) -> None:
     text = "A line of a long document, number 123.\n" * 40_000
     write_lines(tmp_path / "long.jsonl", {"text": text}, {"text": "short"})
@@ -396,7 +407,7 @@ def test_a_long_line_is_cut_as_a_file_is(gemtool: Command, tmp_path: Path) -> No
         ("{broken", "not JSON"),
         ("[1]", "not a JSON object"),
         ('{"txt": "a"}', "unknown key 'txt'; did you mean 'text'?"),
-        ('{"text": "a", "parts": []}', "found text and parts"),
+        ('{"text": "a", "parts": []}', "'text' and 'parts' exclude each other"),
         ('{"id": "x"}', "found none of them"),
         ('{"text": 1}', "'text' is not a string"),
         ('{"text": "a", "id": [1]}', "'id' is not a string"),
