@@ -29,6 +29,7 @@ _CACHE = "GEMTOOL_TEST_CACHE"
 def pytest_configure(config: pytest.Config) -> None:
     if _CACHE not in os.environ:
         os.environ[_CACHE] = tempfile.mkdtemp(prefix="gemtool-tests-")
+        os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", os.environ[_CACHE])
         config.add_cleanup(lambda: shutil.rmtree(os.environ.pop(_CACHE), ignore_errors=True))
 
 
