@@ -251,3 +251,9 @@ def test_an_empty_stream_packs_to_an_empty_stream(gemtool):
     assert b"0 sequences" in done.stderr
     with_nothing = gemtool("pack", "--format", "jsonl", input=stream()).stdout
     assert len(with_nothing.splitlines()) == 2  # header and footer
+
+
+def test_a_length_beyond_reason_is_a_mistake(gemtool) -> None:
+    done = gemtool("pack", "--length", "99999999999", check=False)
+    assert done.returncode == 2
+    assert b"--length" in done.stderr

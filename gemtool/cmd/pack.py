@@ -14,7 +14,7 @@ from gemtool.cmd.options import Force, Format, Inputs, NoPg, Output, Recover, St
 def pack(
     inputs: Inputs = None,
     length: Annotated[
-        int, typer.Option("--length", metavar="N", min=1, help="Tokens in a sequence.")
+        int, typer.Option("--length", metavar="N", min=1, max=1 << 27, help="Tokens in a sequence.")
     ] = 8192,
     open_bins: Annotated[
         int,
