@@ -32,7 +32,7 @@ from gemtool.data.settings import MediaSettings
 from gemtool.data.vocab import Vocab
 from gemtool.errors import CorruptInput, GemtoolError
 from gemtool.model.config import ModelConfig
-from gemtool.stream.files import FILE_MODE, atomic_write, sync_folder
+from gemtool.stream.files import atomic_write, sync_folder
 
 VERSION = 1
 CONFIG = "config.toml"
@@ -291,7 +291,8 @@ def write_checkpoint(
     temporary = folder / f".{WEIGHTS}.{os.getpid()}"
     try:
         save_file(tensors, temporary, metadata)
-        temporary.chmod(FILE_MODE)  # safetensors makes files private
+        # safetensors makes files private.
+        temporary.chmod((folder / CARD).stat().st_mode & 0o777)
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
         temporary.replace(folder / WEIGHTS)

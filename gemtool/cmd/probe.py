@@ -26,7 +26,14 @@ if TYPE_CHECKING:
 
 @common
 def probe(
-    name: Annotated[str, typer.Argument(metavar="NAME", help=f"One of: {', '.join(PROBES)}.")],
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="NAME",
+            help=f"One of: {', '.join(PROBES)}.",
+            autocompletion=lambda: list(PROBES),
+        ),
+    ],
     ckpt: Annotated[
         str, typer.Option("--ckpt", metavar="CKPT", help="Checkpoint folder of the model to probe.")
     ],

@@ -14,6 +14,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import os
 import re
 import threading
 import zlib
@@ -391,7 +392,7 @@ class ShardFolder:
         if part not in self._readers:
             file = self.path / f"part-{part:05}.arrow"
             try:
-                reader = pa.ipc.open_file(pa.memory_map(str(file)))
+                reader = pa.ipc.open_file(pa.memory_map(os.fsencode(file)))
             except (pa.ArrowException, OSError, ValueError) as problem:
                 raise self._damaged(part, str(problem)) from None
             expected = self.manifest["files"][part]["sequences"] * self._chunks

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -106,7 +107,7 @@ def _expected(path: str) -> tuple[int, int] | None:
         return None
     found = tokens = 0
     try:
-        with pa.memory_map(path) as file:
+        with pa.memory_map(os.fsencode(path)) as file:
             if file.read(4) != ARROW_MAGIC:
                 return None
             file.seek(0)

@@ -23,7 +23,7 @@ from gemtool.control import CONTROL_COUNT, UNTRAINED_TARGETS
 from gemtool.errors import CorruptInput, GemtoolError
 from gemtool.stream.checked import ARROW_MAGIC, CheckedReader, CheckedWriter, Source
 from gemtool.stream.columns import binary_view, large_binary, large_list, list_view
-from gemtool.stream.files import display_name, open_input, open_output
+from gemtool.stream.files import display_name, open_input, open_output, printable
 
 VERSION = 1
 KINDS = ("text", "image", "video", "audio", "control")
@@ -156,7 +156,7 @@ def provenance(
     entry: dict[str, Any] = {
         "id": name,
         "version": __version__,
-        "command": shlex.join(["gemtool", *sys.argv[1:]]),
+        "command": shlex.join(["gemtool", *map(printable, sys.argv[1:])]),
         "previous": chain[-1].get("id") if chain else None,
     }
     if seed is not None:

@@ -6,20 +6,16 @@ import contextlib
 import dataclasses
 import json
 import math
-import os
-import signal
-import sys
 import time
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
 
-from gemtool import log
+from gemtool import log, signals
 from gemtool.checkpoint import VOCAB, open_checkpoint, write_checkpoint
 from gemtool.data.arrays import ENCODERS
 from gemtool.data.settings import MediaSettings
@@ -29,6 +25,7 @@ from gemtool.errors import GemtoolError, UsageError, did_you_mean
 from gemtool.model.config import PRESETS, ModelConfig, load_preset
 from gemtool.model.params import Tree, count_params
 from gemtool.runtime import setup_jax
+from gemtool.stream.files import printable
 from gemtool.stream.spans import provenance
 from gemtool.train.loader import Loader, evaluation_batches, open_data, require_match
 from gemtool.train.optimizer import Schedule, default_peak, default_warmup, make_optimizer
@@ -74,7 +71,7 @@ def train(options: TrainOptions, emit: Callable[[Row], None]) -> None:
     Raises:
         UsageError, GemtoolError, CorruptInput: the options, the data or the folder do not fit; the
             loss is no longer finite.
-        KeyboardInterrupt, SystemExit: on SIGINT and SIGTERM, after the step was saved.
+        SystemExit: on SIGINT, SIGTERM and SIGHUP, after the step was saved.
     """
     if options.batch % options.accumulate:
         raise UsageError(
@@ -255,7 +252,8 @@ class _Run:
         state = self._restore_or_begin()
         train_step = make_train_step(self.config, self.optimizer)
         with (
-            _stop_after_step() as stop,
+            # A step consumes the state that it changes, so it is never interrupted half-way.
+            signals.deferred("saving after this step") as stop,
             log.progress("train", options.steps - self.start, unit="steps") as bar,
         ):
             for step in range(self.start + 1, options.steps + 1):
@@ -291,7 +289,7 @@ class _Run:
                 if stops_here:
                     self.folder.finish()
                     log.info(f"{self.folder.path}: saved step {step:,}; continue with --resume")
-                    raise stop[0]
+                    raise SystemExit(128 + stop[0])
         self.folder.finish()
 
     def _evaluate(self, params: Tree) -> Row:
@@ -329,11 +327,12 @@ class _Run:
         """The checkpoint that prefill and decode read."""
         chain = tuple(self.data[0][0].manifest.get("pg", ()))
         settings = {k: v for k, v in self.settings.items() if k not in ("model", "data")}
+        init = {"init": printable(self.options.init)} if self.options.init else {}
         card = {
             "metrics": self.last,
-            "training": settings | ({"init": self.options.init} if self.options.init else {}),
+            "training": settings | init,
             "data": [
-                {"path": str(f.path), "weight": weight, "fingerprint": f.fingerprint}
+                {"path": printable(f.path), "weight": weight, "fingerprint": f.fingerprint}
                 for f, weight in self.data
             ],
             "pg": [*chain, provenance("train", chain, self.options.seed)],
@@ -383,32 +382,6 @@ def fit_to_data(config: ModelConfig, vocab_size: int, settings: MediaSettings) -
 def _shortest(value: Any) -> float:
     """A float32 scalar as the float that prints with no more digits than it takes to tell it."""
     return float(str(np.asarray(value, np.float32)))
-
-
-@contextlib.contextmanager
-def _stop_after_step() -> Iterator[list[BaseException]]:
-    """Turns SIGINT and SIGTERM into an entry of a list: what to raise once the step is saved.
-
-    A step consumes the state that it changes, so it is never interrupted half-way.
-    """
-    stop: list[BaseException] = []
-
-    def request(number: int, frame: FrameType | None) -> None:
-        if stop:
-            os._exit(128 + number)
-        stop.append(KeyboardInterrupt() if number == signal.SIGINT else SystemExit(128 + number))
-        print(
-            "\ngemtool: interrupted, saving after this step (again to skip that)",
-            file=sys.stderr,
-            flush=True,
-        )
-
-    before = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def to_json(row: Row) -> str:

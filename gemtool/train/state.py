@@ -17,7 +17,7 @@ from typing import Any
 
 from gemtool.checkpoint import CARD, CONFIG, VOCAB, WEIGHTS
 from gemtool.errors import CorruptInput, GemtoolError, UsageError
-from gemtool.stream.files import LOCK, locked
+from gemtool.stream.files import LOCK, locked, printable
 
 STATE = "state"
 _FILES = (WEIGHTS, CARD, CONFIG, VOCAB)
@@ -125,6 +125,8 @@ def open_run(
     folder = Path(path)
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"{folder}: is a file; name a folder for the run")
+    if printable(folder.absolute()) != str(folder.absolute()):
+        raise UsageError(f"{folder}: is no UTF-8 text, which the files of a run need; rename it")
     folder.mkdir(parents=True, exist_ok=True)
     names = {entry.name for entry in folder.iterdir()}
     if names and not names & {CONFIG, STATE, LOCK}:
