@@ -36,6 +36,17 @@ def setup_jax() -> None:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
 
+def memory_size() -> int | None:
+    """Bytes of memory of the device that computes, all of it; None where that is not told."""
+    import jax
+
+    device = jax.devices()[0]
+    if device.platform == "cpu":
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    stats = device.memory_stats()
+    return None if stats is None else stats.get("bytes_limit")
+
+
 def cache_folder() -> Path | None:
     """Where compiled programs are kept, or None.
 
