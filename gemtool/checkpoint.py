@@ -17,6 +17,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import struct
 import tomllib
 from collections.abc import Mapping
@@ -296,7 +297,9 @@ def write_checkpoint(
             os.fsync(written.fileno())
         temporary.replace(folder / WEIGHTS)
     except SafetensorError as problem:  # a full disk, for one
-        raise GemtoolError(f"{folder / WEIGHTS}: cannot be written: {problem}") from None
+        code = re.search(r"os error (\d+)", str(problem))
+        cause = os.strerror(int(code[1])).lower() if code else str(problem)
+        raise GemtoolError(f"{folder / WEIGHTS}: cannot be written: {cause}") from None
     finally:
         temporary.unlink(missing_ok=True)
     sync_folder(folder)

@@ -20,9 +20,11 @@ def setup_jax() -> None:
 
     jax.config.update("jax_numpy_dtype_promotion", "strict")
     jax.config.update("jax_numpy_rank_promotion", "raise")
-    # JAX and orbax tell through logging what is of no use to the user of a command.
-    for name in ("jax", "absl"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    # JAX and orbax tell through logging what is of no use to the user of a command. What fails in
+    # orbax is raised too, and then said once.
+    logging.getLogger("jax").setLevel(logging.ERROR)
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     folder = cache_folder()
     if folder is None:
         return

@@ -45,7 +45,8 @@ def shard(
     """Write packed sequences as a folder of shards for training.
 
     The folder is complete once it has a manifest.json. A complete folder is replaced only with
-    -f; an unfinished one is started afresh.
+    -f, which deletes its shards before the new ones are written; an unfinished one is started
+    afresh.
     """
     from gemtool.data.shards import create_shards
     from gemtool.stream.join import open_all_spans

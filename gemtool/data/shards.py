@@ -28,6 +28,7 @@ import pyarrow as pa
 from gemtool.errors import CorruptInput, GemtoolError, UsageError, reason
 from gemtool.stream.checked import batch_crc32
 from gemtool.stream.files import LOCK, atomic_file, atomic_write, locked, sync_folder
+from gemtool.stream.folders import output_folder
 from gemtool.stream.spans import (
     KINDS,
     SPAN_SCHEMA,
@@ -61,8 +62,8 @@ def create_shards(
 ) -> Iterator[ShardWriter]:
     """Writes a shard folder; it is complete when the block ends without an exception.
 
-    After an exception nothing is left. After a kill, a folder without a manifest is left, and the
-    next run starts it afresh. A lock keeps a second writer out.
+    After an exception nothing is left. After a kill, a folder of parts without a manifest is left,
+    and the next run starts it afresh. A lock keeps a second writer out.
 
     Args:
         path: the folder; made if it does not exist.
@@ -110,15 +111,11 @@ def _claim(folder: Path, force: bool) -> Iterator[None]:
     """Locks a folder and empties it of earlier shards; empties it again after an exception."""
     if (folder / MANIFEST).exists() and not force:
         raise UsageError(f"{folder}: is a complete shard folder already; add -f to replace it")
-    is_new = not folder.exists()
     with contextlib.ExitStack() as stack:
-        if is_new:
-            stack.callback(_remove_if_empty, folder)
+        stack.enter_context(output_folder(folder))
         try:
-            folder.mkdir(parents=True, exist_ok=True)
             names = {entry.name for entry in folder.iterdir()}
-            unfinished = LOCK in names and all(map(_OURS.fullmatch, names - {LOCK}))
-            if names and MANIFEST not in names and not unfinished:
+            if names and MANIFEST not in names and not all(map(_OURS.fullmatch, names - {LOCK})):
                 raise UsageError(f"{folder}: holds other files; name a new or an empty folder")
             stack.enter_context(locked(folder))
         except OSError as problem:
@@ -136,11 +133,6 @@ def _claim(folder: Path, force: bool) -> Iterator[None]:
             raise
 
 
-def _remove_if_empty(folder: Path) -> None:
-    with contextlib.suppress(OSError):
-        folder.rmdir()
-
-
 def _clean(folder: Path) -> None:
     for entry in list(folder.iterdir()):
         if _OURS.fullmatch(entry.name):
@@ -148,15 +140,21 @@ def _clean(folder: Path) -> None:
 
 
 class _Summed:
-    """A sink that counts and sums what passes to a file; closing it leaves the file open."""
+    """A sink that counts and sums what passes to a file; closing it leaves the file open.
+
+    Once `abandoned`, it takes what Arrow still holds back and drops it.
+    """
 
     closed = False
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
         self.bytes = self.crc32 = 0
+        self.abandoned = False
 
     def write(self, data: Any) -> int:
+        if self.abandoned:
+            return len(data)
         self.crc32 = zlib.crc32(data, self.crc32)
         self.bytes += len(data)
         return self._file.write(data)
@@ -281,12 +279,22 @@ class ShardWriter:
 
     def __exit__(self, kind: Any, value: Any, traceback: Any) -> None:
         if kind is not None:
+            self._abandon()
             self._stack.__exit__(kind, value, traceback)
             return
         with self._stack:  # a failure here must not rename the part either
-            self._end_sequence()
-            if self._writer is not None:
-                self._end_part()
+            try:
+                self._end_sequence()
+                if self._writer is not None:
+                    self._end_part()
+            except BaseException:
+                self._abandon()
+                raise
+
+    def _abandon(self) -> None:
+        """Lets Arrow flush into nothing: it complains on stderr where it cannot."""
+        if self._summed is not None:
+            self._summed.abandoned = True
 
 
 # Reading
