@@ -6,7 +6,8 @@
     card.json            what it was trained on, by which commands, with which metrics
     state/               of a training run: what `train --resume` needs (`gemtool.train.state`)
 
-The fingerprint covers configuration, vocabulary and weights. Files are replaced one by one and
+The fingerprint covers configuration, vocabulary and weights, and is compared whenever the weights
+are loaded. Files are replaced one by one and
 atomically, the weights last, which hold the fingerprint and the step. This module imports jax only
 where parameters are read as a tree.
 """
@@ -71,10 +72,11 @@ class Checkpoint:
         return dict(self._tensors)
 
     def load_params(self) -> dict[str, Any]:
-        """The parameters as the nested dict that the model takes, memory-mapped (numpy).
+        """The parameters as the nested dict that the model takes, memory-mapped (numpy), verified.
 
         Raises:
-            CorruptInput: they are not those of the architecture in config.toml.
+            CorruptInput: they are not those of the architecture in config.toml, or the checkpoint
+                is damaged.
         """
         from gemtool.model.params import abstract_params, flatten, unflatten
 
@@ -90,6 +92,7 @@ class Checkpoint:
                     f"{self.path / WEIGHTS}: parameter {path!r} is {shapes[0]}; "
                     f"{self.path / CONFIG} describes {shapes[1]}"
                 )
+        self.verify()
         return unflatten(found)
 
     def verify(self) -> None:
@@ -102,8 +105,8 @@ class Checkpoint:
         found = fingerprint_of(text, self.vocab.fingerprint, self._tensors)
         if found != self.fingerprint:
             raise CorruptInput(
-                f"{self.path}: damaged: configuration, vocabulary and weights have fingerprint "
-                f"{found}, saved was {self.fingerprint}"
+                f"{self.path}: damaged or edited: configuration, vocabulary and weights have "
+                f"fingerprint {found}, saved was {self.fingerprint}; copy the checkpoint again"
             )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -506,6 +507,13 @@ def test_command_refusals(
     refused(2, "--logprobs needs", *ask, "b.ctx", "--prompt", "x", "--logprobs", 1,
             "--format", "text")  # fmt: skip
     refused(2, "top-p is 0", *ask, "b.ctx", "--prompt", "x", "--top-p", 0)
+    shutil.copytree(folder, tmp_path / "altered")
+    weights = bytearray((folder / "weights.safetensors").read_bytes())
+    weights[-7] ^= 1
+    (tmp_path / "altered" / "weights.safetensors").write_bytes(weights)
+    altered = ("--ckpt", "altered")
+    refused(3, "altered: damaged", "decode", *altered, "--prompt", "x")
+    refused(3, "altered: damaged", "prefill", two, *altered)
     make_engine(tmp_path / "run2", engine.config, vocab, 64, seed=9)
     refused(1, "its model is", "decode", "--ckpt", "run2", "--cache", "b.ctx", "--prompt", "x")
 

@@ -67,6 +67,8 @@ class Vocab:
         self.model = model
         self.fingerprint = hashlib.sha256(model).hexdigest()[:16]
         try:
+            if not model:
+                raise OSError
             self._processor: Any = sentencepiece.SentencePieceProcessor(model_proto=model)
             self.size: int = self._processor.get_piece_size()
         except (RuntimeError, OSError):
