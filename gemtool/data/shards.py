@@ -59,6 +59,7 @@ def create_shards(
     shard_size: int = SHARD_SIZE,
     chunk: int | None = None,
     force: bool = False,
+    name: str = "the stream",
 ) -> Iterator[ShardWriter]:
     """Writes a shard folder; it is complete when the block ends without an exception.
 
@@ -71,13 +72,15 @@ def create_shards(
         shard_size: bytes after which a part is ended, with the sequence that reaches them.
         chunk: positions of a chunk; at most, and by default, min(length, 4096).
         force: replace a complete folder.
+        name: what messages call the stream.
 
     Raises:
         UsageError: the folder is complete and `force` is false, or it holds other things.
-        GemtoolError: the stream is not packed, another process writes the folder, no space.
+        CorruptInput: the stream is not packed.
+        GemtoolError: another process writes the folder, no space.
     """
     if header.packed is None:
-        raise GemtoolError("the stream is not packed; pipe it through `gemtool pack` first")
+        raise CorruptInput(f"{name}: not packed; pipe it through `gemtool pack` first")
     folder = Path(path)
     length = int(header.packed["length"])
     with _claim(folder, force):
@@ -445,7 +448,9 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     except ValueError as problem:
         raise CorruptInput(f"{file}: not JSON ({problem})") from None
     if not isinstance(manifest, dict) or manifest.get("format") != "gemtool shards":
-        raise GemtoolError(f"{file}: not the manifest of a shard folder")
+        raise CorruptInput(
+            f"{file}: not the manifest of a shard folder; make one with `gemtool shard`"
+        )
     version = manifest.get("version")
     if not isinstance(version, int) or version > VERSION:
         raise GemtoolError(
