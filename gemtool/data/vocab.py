@@ -10,12 +10,16 @@ the pieces of its UTF-8 bytes.
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import hashlib
 import io
 import itertools
+import os
 import random
 import re
 import struct
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -23,6 +27,7 @@ from typing import Any
 
 import numpy as np
 
+from gemtool import log
 from gemtool.control import CONTROL_COUNT, CONTROL_TOKENS
 from gemtool.errors import CorruptInput, GemtoolError, UsageError, reason
 
@@ -35,6 +40,8 @@ FIRST_TEXT = FIRST_BYTE + 256
 WHITESPACE = ("\n", "\n\n", "\r\n", "\t")
 """Pieces that training never sees (it works on lines), so they are put in by hand."""
 MINIMUM_SIZE = FIRST_TEXT + len(WHITESPACE) + 1
+
+LARGEST_SIZE = 1 << 20
 
 _SPACE = "\u2581"  # how sentencepiece spells a space inside a piece
 _OTHER_DIGIT = re.compile(r"((?![0-9])\d)")  # sentencepiece's split_digits knows ASCII only
@@ -231,9 +238,14 @@ def train_vocab(
     if size < smallest:
         what = "control tokens and bytes need" if extend is None else f"{extend.path} has"
         raise UsageError(f"--size {size} is too small: {what} {smallest - 1}, add at least one")
+    if size > LARGEST_SIZE:
+        raise UsageError(f"--size {size} is too large; at most {LARGEST_SIZE:,}")
     sample = _sample(lines, sentences, random.Random(seed))
     if not sample:
         raise GemtoolError("no text to learn a vocabulary from: every line is empty")
+    amount = sum(map(len, sample)) / 1e6
+    if amount > 5:  # else it takes seconds
+        log.info(f"learning from {amount:,.0f} MB of text; about {amount / 12.5:.1f} minutes")
     if extend is None:
         learned = _unigram(sample, size - len(WHITESPACE), exact=True)
         pieces = _pieces(learned)
@@ -325,19 +337,35 @@ def _unigram(sample: list[str], size: int, *, exact: bool) -> bytes:
             num_threads=8,  # sums are split by it: a constant keeps the result the same everywhere
             minloglevel=2,
         )
-    except RuntimeError as problem:
-        limit = re.search(r"<= (\d+)", str(problem))
-        if limit is None:
-            raise GemtoolError(f"the vocabulary cannot be trained: {problem}") from None
-        raise GemtoolError(
-            f"too little text for --size {size + len(WHITESPACE)}; give more text, or "
-            f"--size {int(limit[1]) + len(WHITESPACE)} at most"
-        ) from None
+    except (RuntimeError, OSError) as problem:
+        raise _impossible(str(problem), size + len(WHITESPACE)) from None
     return model.getvalue()
 
 
+def _impossible(message: str, size: int) -> GemtoolError:
+    """What sentencepiece says of a size that the text does not allow, in our words."""
+    most = re.search(r"<= (\d+)", message)
+    if most and "too high" in message:
+        return GemtoolError(
+            f"too little text for --size {size}; give more text, or --size "
+            f"{int(most[1]) + len(WHITESPACE)} at most"
+        )
+    least = re.search(r"required_chars\. \d+ vs (\d+)", message)
+    if least:
+        return UsageError(
+            f"--size {size} is too small for the letters of this text; give at least --size "
+            f"{int(least[1]) + len(WHITESPACE)}"
+        )
+    told = re.sub(r"^\w+: \S+\(\d+\) \[.*\] ", "", message).strip() or "no reason was given"
+    return GemtoolError(f"the vocabulary cannot be trained: {told}")
+
+
 def _in_thread(work: Callable[..., object], **arguments: Any) -> None:
-    """Calls `work` beside the main thread, which thus hears Ctrl-C: native code is deaf to it."""
+    """Calls `work` beside the main thread, which thus hears signals: native code is deaf to them.
+
+    What a signal raises ends the process once it was cleaned up after, without waiting for `work`:
+    native threads that run while the interpreter goes would abort it.
+    """
     failures: list[Exception] = []
 
     def run() -> None:
@@ -348,9 +376,20 @@ def _in_thread(work: Callable[..., object], **arguments: Any) -> None:
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
-    thread.join()
+    try:
+        thread.join()
+    except (KeyboardInterrupt, SystemExit) as stop:
+        code = stop.code if isinstance(stop, SystemExit) else 130
+        atexit.register(_leave, code if isinstance(code, int) else 1)
+        raise
     if failures:
         raise failures[0]
+
+
+def _leave(code: int) -> None:
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.flush()
+    os._exit(code)
 
 
 # A sentencepiece model is a protocol buffer: repeated field 1 holds the pieces (1 text, 2 score as
