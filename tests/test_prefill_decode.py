@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -493,7 +494,7 @@ def test_command_refusals(
     high = spans_file(tmp_path / "s", [document], vocab.fingerprint, MediaSettings())
     refused(1, "its image_tokens is 258, the checkpoint's 66", "prefill", high, *ckpt)
     packed = spans_file(tmp_path / "p", [document], vocab.fingerprint, packed={"length": 64})
-    refused(1, "packed (length 64)", "prefill", packed, *ckpt)
+    refused(3, "packed (length 64)", "prefill", packed, *ckpt)
     refused(3, "near byte", "prefill", *ckpt, "-o", "x", input=two.read_bytes()[:-500])
     assert not (tmp_path / "x").exists()
 
@@ -506,6 +507,20 @@ def test_command_refusals(
     refused(2, "--logprobs needs", *ask, "b.ctx", "--prompt", "x", "--logprobs", 1,
             "--format", "text")  # fmt: skip
     refused(2, "top-p is 0", *ask, "b.ctx", "--prompt", "x", "--top-p", 0)
+    (tmp_path / "film.mp4").write_bytes(b"\0\0\0 ftypisom")
+    for reader in (("pack", "--length", 9), ("shard", "-o", "x"), ("prefill", *ckpt)):
+        refused(3, "b.ctx: a context where a span stream is needed; make one with `gemtool tokenize`",
+                *reader, "b.ctx")  # fmt: skip
+        refused(3, "film.mp4: not a span stream", *reader, "film.mp4")
+    for file in (two, "film.mp4"):
+        refused(3, "make one with `gemtool prefill`", *ask, file, "--prompt", "x")
+    shutil.copytree(folder, tmp_path / "altered")
+    weights = bytearray((folder / "weights.safetensors").read_bytes())
+    weights[-7] ^= 1
+    (tmp_path / "altered" / "weights.safetensors").write_bytes(weights)
+    altered = ("--ckpt", "altered")
+    refused(3, "altered: damaged", "decode", *altered, "--prompt", "x")
+    refused(3, "altered: damaged", "prefill", two, *altered)
     make_engine(tmp_path / "run2", engine.config, vocab, 64, seed=9)
     refused(1, "its model is", "decode", "--ckpt", "run2", "--cache", "b.ctx", "--prompt", "x")
 

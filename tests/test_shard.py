@@ -128,7 +128,7 @@ def test_pack_and_shard_in_a_pipe(gemtool, tmp_path):
 def test_unpacked_input_is_refused(gemtool, tmp_path):
     span = Span("a", 0, "text", np.ones(3, np.int32))
     done = gemtool("shard", "-o", "s", input=stream([span], Header()), check=False)
-    assert done.returncode == 1
+    assert done.returncode == 3
     assert b"gemtool pack" in done.stderr
     done = gemtool("shard", "-o", "s", input=stream([span]), check=False)  # claims to be packed
     assert done.returncode == 3
@@ -162,13 +162,23 @@ def test_complete_folders_are_replaced_only_on_request(gemtool, tmp_path):
 
 
 def test_other_peoples_folders_are_left_alone(gemtool, tmp_path):
-    theirs = tmp_path / "s" / "part-00000.arrow"
-    theirs.parent.mkdir()
-    theirs.write_bytes(b"precious")
+    (tmp_path / "s").mkdir()
+    for name in ("part-00000.arrow", "thesis.tex"):
+        (tmp_path / "s" / name).write_bytes(b"precious")
     for arguments in ([], ["-f"]):
         done = gemtool("shard", "-o", "s", *arguments, input=stream([]), check=False)
         assert done.returncode == 2
-        assert theirs.read_bytes() == b"precious"
+        assert (tmp_path / "s" / "part-00000.arrow").read_bytes() == b"precious"
+
+
+def test_parts_without_a_manifest_are_unfinished_and_started_afresh(gemtool, tmp_path):
+    """With or without the lock of the process that was killed."""
+    (tmp_path / "s").mkdir()
+    for name in ("part-00000.arrow", "part-00007.arrow"):
+        (tmp_path / "s" / name).write_bytes(b"half")
+    gemtool("shard", "-o", "s", input=stream(packed_spans(5)))
+    ShardFolder(tmp_path / "s").verify()
+    assert {p.name for p in (tmp_path / "s").iterdir()} == {"manifest.json", "part-00000.arrow"}
 
 
 def test_a_training_run_is_no_unfinished_shard_folder(gemtool, tmp_path):
@@ -208,13 +218,13 @@ main()
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_interrupted_and_run_again(gemtool, tmp_path, number):
     first, rest = stream(packed_spans(20, 1)), stream(packed_spans(20, 2))
     running = subprocess.Popen(
         [sys.executable, "-c", START, "shard", "-o", "s", "--shard-size", "100kB", "--no-pg"],
         stdin=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
         cwd=tmp_path,
         env=command_environment(),
     )
@@ -226,9 +236,11 @@ def test_interrupted_and_run_again(gemtool, tmp_path, number):
         while not (tmp_path / "s" / "part-00001.arrow").exists() and time.monotonic() < waited:
             time.sleep(0.02)
         running.send_signal(number)
-        code = running.wait(30)
-    if number == signal.SIGINT:
-        assert code == 130
+        said = running.communicate(timeout=30)[1].decode()
+        code = running.returncode
+    assert all(line.startswith("gemtool: ") for line in said.splitlines() if line), said
+    if number != signal.SIGKILL:
+        assert code == 128 + number
         assert not (tmp_path / "s").exists()
     else:
         with pytest.raises(GemtoolError, match="did not finish"):

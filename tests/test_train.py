@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import shutil
 import signal
 import subprocess
@@ -483,6 +484,30 @@ def test_a_loss_that_is_not_finite_ends_the_run(gemtool, workshop, tmp_path):
     assert "nan" in last["reason"] or "inf" in last["reason"]
     assert f"the state of step {last['step'] - 1} is kept".encode() in done.stderr
     assert open_checkpoint(tmp_path / "run").step == last["step"] - 1
+
+
+@pytest.mark.parametrize("blocks", [20, 60])
+def test_a_full_disk_is_one_line(workshop, tmp_path, blocks):
+    """For whatever cannot be written: a file of the checkpoint, or one of orbax in its threads."""
+    command = [sys.executable, "-m", "gemtool", *map(str, arguments(workshop, "run"))]
+    done = subprocess.run(
+        ["bash", "-c", f"ulimit -f {blocks}; exec {shlex.join([*command, '-q', '--steps', '1'])}"],
+        capture_output=True,
+        cwd=tmp_path,
+        env={**command_environment(), "GEMTOOL_CACHE": "off", "GEMTOOL_KERNELS": "reference"},
+    )
+    assert done.returncode == 1
+    (line,) = done.stderr.decode().splitlines()
+    assert line.startswith("gemtool: error: run/")
+    assert line.endswith("cannot be written: file too large")
+
+
+def test_a_run_that_does_not_begin_leaves_no_folder(gemtool, workshop, tmp_path):
+    more = ("--data", workshop / "shards", "--ckpt", "new/run")
+    done = gemtool("train", *more, env=environment(workshop), check=False)
+    assert done.returncode == 1
+    assert b"--vocab" in done.stderr, "not the vocabulary that ships"
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_init_starts_from_other_weights(gemtool, monkeypatch, workshop, whole, tmp_path):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, BinaryIO
 import typer
 
 from gemtool.cmd.options import Force, Output, Seed, common
-from gemtool.errors import GemtoolError, NoInput, UsageError
+from gemtool.errors import CorruptInput, NoInput, UsageError
 
 if TYPE_CHECKING:
     from gemtool.infer.decode import Request
@@ -177,7 +177,7 @@ def _requests(
         try:
             text = file.read().decode()
         except UnicodeDecodeError as problem:
-            raise GemtoolError(
+            raise CorruptInput(
                 f"{display_name(source)}: not UTF-8 text, at byte {problem.start}"
             ) from None
         # An editor or echo ends the last line; the question does not.

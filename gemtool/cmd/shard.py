@@ -45,9 +45,11 @@ def shard(
     """Write packed sequences as a folder of shards for training.
 
     The folder is complete once it has a manifest.json. A complete folder is replaced only with
-    -f; an unfinished one is started afresh.
+    -f, which deletes its shards before the new ones are written; an unfinished one is started
+    afresh.
     """
     from gemtool.data.shards import create_shards
+    from gemtool.stream.files import display_name
     from gemtool.stream.join import open_all_spans
 
     if output == "-":
@@ -55,8 +57,11 @@ def shard(
     size = parse_size(shard_size)
     with open_all_spans(inputs, recover=recover) as spans:
         header = spans.header.derive("shard", pg=not no_pg)
+        name = display_name(inputs[0] if inputs else None)
         with (
-            create_shards(output, header, shard_size=size, chunk=chunk, force=force) as writer,
+            create_shards(
+                output, header, shard_size=size, chunk=chunk, force=force, name=name
+            ) as writer,
             log.progress("shard", unit="tokens") as bar,
         ):
             for span in spans:

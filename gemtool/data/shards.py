@@ -29,6 +29,7 @@ import pyarrow as pa
 from gemtool.errors import CorruptInput, GemtoolError, UsageError, reason
 from gemtool.stream.checked import batch_crc32
 from gemtool.stream.files import LOCK, atomic_file, atomic_write, locked, sync_folder
+from gemtool.stream.folders import output_folder
 from gemtool.stream.spans import (
     KINDS,
     SPAN_SCHEMA,
@@ -59,11 +60,12 @@ def create_shards(
     shard_size: int = SHARD_SIZE,
     chunk: int | None = None,
     force: bool = False,
+    name: str = "the stream",
 ) -> Iterator[ShardWriter]:
     """Writes a shard folder; it is complete when the block ends without an exception.
 
-    After an exception nothing is left. After a kill, a folder without a manifest is left, and the
-    next run starts it afresh. A lock keeps a second writer out.
+    After an exception nothing is left. After a kill, a folder of parts without a manifest is left,
+    and the next run starts it afresh. A lock keeps a second writer out.
 
     Args:
         path: the folder; made if it does not exist.
@@ -71,13 +73,15 @@ def create_shards(
         shard_size: bytes after which a part is ended, with the sequence that reaches them.
         chunk: positions of a chunk; at most, and by default, min(length, 4096).
         force: replace a complete folder.
+        name: what messages call the stream.
 
     Raises:
         UsageError: the folder is complete and `force` is false, or it holds other things.
-        GemtoolError: the stream is not packed, another process writes the folder, no space.
+        CorruptInput: the stream is not packed.
+        GemtoolError: another process writes the folder, no space.
     """
     if header.packed is None:
-        raise GemtoolError("the stream is not packed; pipe it through `gemtool pack` first")
+        raise CorruptInput(f"{name}: not packed; pipe it through `gemtool pack` first")
     folder = Path(path)
     length = int(header.packed["length"])
     with _claim(folder, force):
@@ -111,15 +115,11 @@ def _claim(folder: Path, force: bool) -> Iterator[None]:
     """Locks a folder and empties it of earlier shards; empties it again after an exception."""
     if (folder / MANIFEST).exists() and not force:
         raise UsageError(f"{folder}: is a complete shard folder already; add -f to replace it")
-    is_new = not folder.exists()
     with contextlib.ExitStack() as stack:
-        if is_new:
-            stack.callback(_remove_if_empty, folder)
+        stack.enter_context(output_folder(folder))
         try:
-            folder.mkdir(parents=True, exist_ok=True)
             names = {entry.name for entry in folder.iterdir()}
-            unfinished = LOCK in names and all(map(_OURS.fullmatch, names - {LOCK}))
-            if names and MANIFEST not in names and not unfinished:
+            if names and MANIFEST not in names and not all(map(_OURS.fullmatch, names - {LOCK})):
                 raise UsageError(f"{folder}: holds other files; name a new or an empty folder")
             stack.enter_context(locked(folder))
         except OSError as problem:
@@ -137,11 +137,6 @@ def _claim(folder: Path, force: bool) -> Iterator[None]:
             raise
 
 
-def _remove_if_empty(folder: Path) -> None:
-    with contextlib.suppress(OSError):
-        folder.rmdir()
-
-
 def _clean(folder: Path) -> None:
     for entry in list(folder.iterdir()):
         if _OURS.fullmatch(entry.name):
@@ -149,15 +144,21 @@ def _clean(folder: Path) -> None:
 
 
 class _Summed:
-    """A sink that counts and sums what passes to a file; closing it leaves the file open."""
+    """A sink that counts and sums what passes to a file; closing it leaves the file open.
+
+    Once `abandoned`, it takes what Arrow still holds back and drops it.
+    """
 
     closed = False
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
         self.bytes = self.crc32 = 0
+        self.abandoned = False
 
     def write(self, data: Any) -> int:
+        if self.abandoned:
+            return len(data)
         self.crc32 = zlib.crc32(data, self.crc32)
         self.bytes += len(data)
         return self._file.write(data)
@@ -282,12 +283,22 @@ class ShardWriter:
 
     def __exit__(self, kind: Any, value: Any, traceback: Any) -> None:
         if kind is not None:
+            self._abandon()
             self._stack.__exit__(kind, value, traceback)
             return
         with self._stack:  # a failure here must not rename the part either
-            self._end_sequence()
-            if self._writer is not None:
-                self._end_part()
+            try:
+                self._end_sequence()
+                if self._writer is not None:
+                    self._end_part()
+            except BaseException:
+                self._abandon()
+                raise
+
+    def _abandon(self) -> None:
+        """Lets Arrow flush into nothing: it complains on stderr where it cannot."""
+        if self._summed is not None:
+            self._summed.abandoned = True
 
 
 # Reading
@@ -438,7 +449,9 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     except ValueError as problem:
         raise CorruptInput(f"{file}: not JSON ({problem})") from None
     if not isinstance(manifest, dict) or manifest.get("format") != "gemtool shards":
-        raise GemtoolError(f"{file}: not the manifest of a shard folder")
+        raise CorruptInput(
+            f"{file}: not the manifest of a shard folder; make one with `gemtool shard`"
+        )
     version = manifest.get("version")
     if not isinstance(version, int) or version > VERSION:
         raise GemtoolError(

@@ -15,7 +15,7 @@ import pyarrow as pa
 from gemtool import log
 from gemtool.checkpoint import Checkpoint
 from gemtool.control import EOD
-from gemtool.errors import GemtoolError
+from gemtool.errors import CorruptInput, GemtoolError
 from gemtool.stream.checked import ARROW_MAGIC
 from gemtool.stream.spans import Header, Span
 
@@ -24,10 +24,11 @@ def require_settings(header: Header, checkpoint: Checkpoint, name: str) -> None:
     """Refuses a stream that was not tokenized for this checkpoint, or that is packed.
 
     Raises:
+        CorruptInput: it is packed.
         GemtoolError: naming what differs and how to get it right.
     """
     if header.packed is not None:
-        raise GemtoolError(
+        raise CorruptInput(
             f"{name}: packed (length {header.packed['length']:,}); a context is made of whole "
             "documents, so give prefill the output of `gemtool tokenize`"
         )
@@ -54,14 +55,14 @@ def documents(spans: Iterable[Span], name: str) -> Iterator[tuple[str, Iterator[
     A document's spans must be used up before the next one is asked for.
 
     Raises:
-        GemtoolError: a span belongs to a packed sequence.
+        CorruptInput: a span belongs to a packed sequence.
     """
     number = 0
 
     def key(span: Span) -> tuple[int, str]:
         nonlocal number
         if span.seq is not None:
-            raise GemtoolError(
+            raise CorruptInput(
                 f"{name}: document {span.doc!r} is packed; give prefill the output of "
                 "`gemtool tokenize`"
             )

@@ -332,6 +332,10 @@ class Engine:
         """Memory of the parameters."""
         return sum(leaf.nbytes for leaf in jax.tree.leaves(self.params))
 
+    def bytes_for(self, length: int) -> int:
+        """Memory of the parameters and of the buffers of a sequence that may grow by a chunk."""
+        return self.weight_bytes() + self.row_bytes() * capacity_for(length + self.chunk)
+
     def row_bytes(self) -> int:
         """Memory of a position in the buffers of a sequence."""
         kinds = self.config.layer_kinds
@@ -351,14 +355,23 @@ class Engine:
         """The tiles in which `prefill` runs a document."""
         return tiles_of(pieces, self.chunk, reach=self.reach, boundary=boundary)
 
-    def prefill(self, document: np.ndarray | Iterable[Span]) -> Sequence:
-        """Reads a document, token ids int32 [n] or spans, and keeps what continues it."""
+    def prefill(
+        self,
+        document: np.ndarray | Iterable[Span],
+        on_tokens: Callable[[int], None] = lambda count: None,
+    ) -> Sequence:
+        """Reads a document, token ids int32 [n] or spans, and keeps what continues it.
+
+        `on_tokens` is called with the number of tokens of each tile.
+        """
         if isinstance(document, np.ndarray):
-            sequence, pieces = self.begin(len(document)), iter([Piece(document)])
+            room = len(document) + self.chunk  # the last tile may be padded
+            sequence, pieces = self.begin(room), iter([Piece(document)])
         else:
             sequence, pieces = self.begin(), pieces_of(document, self.config, self.encode)
         for tile in self.tiles(pieces):
             sequence.run(tile, self.chunk)
+            on_tokens(len(tile.piece))
         return sequence
 
     def generate(

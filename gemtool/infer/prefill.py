@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from gemtool.infer.engine import Engine, capacity_for
+from gemtool.infer.engine import Engine
 from gemtool.infer.pieces import GROUPS, Piece, Tile, check_span, pieces_of
 from gemtool.stream.context import BLOCK, STATE_EVERY, ContextWriter
 from gemtool.stream.spans import Span, provenance
@@ -145,7 +145,7 @@ class Planner:
         states = -(-tokens // STATE_EVERY)
         return Plan(
             tokens=tokens,
-            memory=engine.weight_bytes() + row * capacity_for(tokens + engine.chunk),
+            memory=engine.bytes_for(tokens),
             disk=tokens * (row + 4) + states * engine.state_bytes() + 4 * engine.config.vocab_size,
             seconds=seconds,
         )

@@ -32,7 +32,7 @@ import numpy as np
 import pyarrow as pa
 
 from gemtool.errors import CorruptInput, GemtoolError
-from gemtool.stream.checked import ARROW_MAGIC, CheckedReader, CheckedWriter, Source, encode_json
+from gemtool.stream.checked import CheckedReader, CheckedWriter, Source, encode_json
 from gemtool.stream.columns import binary_view, large_binary
 from gemtool.stream.files import display_name, open_input
 
@@ -383,11 +383,6 @@ def open_contexts(path: str | None) -> Iterator[Iterator[ContextReader]]:
 
 def read_contexts(source: Source, name: str) -> Iterator[ContextReader]:
     """The contexts ahead in `source`; raises as `open_contexts`."""
-    if not source.at_end() and source.peek(4) != ARROW_MAGIC:
-        raise CorruptInput(
-            f"{name}: not a context stream (it begins with {source.peek(4)!r}); make one with "
-            "`gemtool prefill`"
-        )
     while True:
         reader = ContextReader(source, name)
         yield reader
