@@ -174,6 +174,13 @@ def test_quiet_and_verbose_exclude_each_other(gemtool: Command) -> None:
     assert gemtool("tokenize", "-q", "-v", input=b"text", check=False).returncode == 2
 
 
+@pytest.mark.parametrize("arguments", [[""], ["a", ""], ["-o", ""]])
+def test_empty_names(gemtool: Command, arguments: list[str]) -> None:
+    done = gemtool("tokenize", *arguments, input=b"text", check=False)
+    assert done.returncode == 2
+    assert b"empty" in done.stderr
+
+
 def test_an_output_that_is_an_input_is_refused(gemtool: Command, tmp_path: Path) -> None:
     (tmp_path / "notes.md").write_text("text")
     (tmp_path / "link.md").symlink_to("notes.md")
@@ -276,6 +283,7 @@ def test_completion(gemtool: Command) -> None:
     for words, last, completed in (
         ("gemtool probe n", "2", [b"needle"]),
         ("gemtool help con", "2", [b"context"]),
+        ("gemtool train --model na", "3", [b"nano"]),
     ):
         done = gemtool(
             env={"_GEMTOOL_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": last}

@@ -160,7 +160,7 @@ def common(function: Callable[..., None]) -> Callable[..., None]:
             if common_values["quiet"] and common_values["verbose"]:
                 raise UsageError("-q and -v exclude each other")
             require_known_variables(ctx)
-            require_other_file(values)
+            require_sound_names(values)
             function(**values)
             close_stdout()
 
@@ -184,16 +184,22 @@ def require_known_variables(ctx: typer.Context) -> None:
 _INPUTS = ("input", "inputs", "files_from", "cache", "prompts", "prompt_file")
 
 
-def require_other_file(values: Mapping[str, Any]) -> None:
-    """Refuses an output that is an input: it would be lost, even if the verb fails."""
+def require_sound_names(values: Mapping[str, Any]) -> None:
+    """Refuses empty names, and an output that is an input: it would be lost.
+
+    Raises:
+        UsageError: saying which.
+    """
     output = values.get("output")
+    given = [values.get(name) for name in _INPUTS]
+    inputs = [path for one in given for path in (one if isinstance(one, list) else [one])]
+    if "" in (output, *inputs):
+        raise UsageError("the name of a file is empty (an unset variable?)")
     if output is None or not Path(output).is_file():
         return
-    for name in _INPUTS:
-        given = values.get(name) or []
-        for path in [given] if isinstance(given, str) else given:
-            if Path(path).is_file() and Path(path).samefile(output):
-                raise UsageError(f"{output}: is an input too; name another output")
+    for path in inputs:
+        if path is not None and Path(path).is_file() and Path(path).samefile(output):
+            raise UsageError(f"{output}: is an input too; name another output")
 
 
 def component_versions() -> Iterator[str]:
