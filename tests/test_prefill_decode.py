@@ -504,6 +504,18 @@ def test_command_refusals(
     refused(3, "near byte", *ask, "-", "--prompt", "x", input=data[:-500])
     refused(2, "standard input holds the context", *ask, "-", input=data)
     refused(2, "exclude each other", *ask, "b.ctx", "--prompt", "x", "--prompt-file", "y")
+    refused(2, "--prompt is empty", *ask, "b.ctx", "--prompt", "")
+    refused(2, "--prompt is empty", "decode", *ckpt, "--raw", "--prompt", "")
+    refused(3, "<stdin>: empty; expected a question", *ask, "b.ctx", input=b"\n")
+    refused(2, "leave out -o", "prefill", two, *ckpt, "--dry-run", "-o", "x")
+    lines = '{"prompt": "Who?"}\n{"prompt": "Why?", "doc": "c"}\n'
+    (tmp_path / "p.jsonl").write_text(lines)  # nothing is answered before the mistake is told
+    refused(1, "no context of document 'c'", *ask, "b.ctx", "--prompts", "p.jsonl")
+    refused(1, "no --cache", "decode", *ckpt, "--prompts", "p.jsonl")
+    (tmp_path / "p.jsonl").write_text(lines + "{")
+    refused(3, "p.jsonl: line 3, column 2: not JSON", *ask, "b.ctx", "--prompts", "p.jsonl")
+    going_on = gemtool(*ask, "b.ctx", "--raw", "--prompt", "", "--max-tokens", 2, env=compiled)
+    assert rows(going_on)[0]["usage"]["prompt"] == 0
     refused(2, "--logprobs needs", *ask, "b.ctx", "--prompt", "x", "--logprobs", 1,
             "--format", "text")  # fmt: skip
     refused(2, "top-p is 0", *ask, "b.ctx", "--prompt", "x", "--top-p", 0)
@@ -550,7 +562,9 @@ def test_prompts_are_read_line_by_line() -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", "line 1"),
+        ("{", "line 1, column 2: not JSON: .*; expected an object"),
+        ('{"prompt": "a",}', "line 1, column 16: not JSON"),
+        ('{"prompt": ""}', "line 1: 'prompt' is empty; expected a question"),
         ("[]", "not a JSON object"),
         ("{}", "no field 'prompt'"),
         ('{"prompt": 3}', "'prompt' is 3; expected str"),
