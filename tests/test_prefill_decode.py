@@ -225,6 +225,18 @@ def test_a_context_is_as_before_after_it_was_asked(engine: Engine) -> None:
     assert first == again
 
 
+def test_a_chunk_longer_than_the_document_costs_nothing(
+    checkpoint: Checkpoint, engine: Engine
+) -> None:
+    long, tokens = Engine(checkpoint, 100_000), text_tokens(100)
+    assert [long.tile_size(n) for n in (1, 512, 513, 65_536, 99_999)] == [
+        512, 512, 1024, 65_536, 100_000
+    ]  # fmt: skip
+    assert long.bytes_for(100) == engine.bytes_for(100)
+    context = long.prefill(tokens)
+    np.testing.assert_allclose(context.logits, engine.prefill(tokens).logits, atol=3e-3)
+
+
 def test_buffers_grow(engine: Engine) -> None:
     tokens = text_tokens(4090)
     context = engine.prefill(tokens)
