@@ -290,7 +290,8 @@ def write_checkpoint(
     }
     _replace(folder / CONFIG, text.encode())
     _replace(folder / VOCAB, vocab.model)
-    atomic_write(folder / CARD, (json.dumps(card, indent=1, ensure_ascii=False) + "\n").encode())
+    encoded = json.dumps(card, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    atomic_write(folder / CARD, encoded.encode())
     metadata = {_METADATA: json.dumps({"fingerprint": fingerprint, "step": step})}
     temporary = folder / f".{WEIGHTS}.{os.getpid()}"
     try:

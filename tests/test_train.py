@@ -231,13 +231,18 @@ def workshop(tmp_path_factory) -> Path:
     return folder
 
 
-def write_shards(path: Path, vocab: Vocab, lines: list[str], **settings: Any) -> None:
+def write_shards(
+    path: Path, vocab: Vocab, lines: list[str], weight: float = 1.0, **settings: Any
+) -> None:
     header = Header(
         vocab={"fingerprint": vocab.fingerprint, "size": vocab.size},
         settings=MediaSettings(**settings).to_dict(),
         packed={"length": LENGTH},
     )
-    spans = (Span(str(i), 0, "text", vocab.encode(line)) for i, line in enumerate(lines) if line)
+    spans = (
+        Span(str(i), 0, "text", tokens, loss=np.full(len(tokens), weight, np.float32))
+        for i, tokens in enumerate(map(vocab.encode, filter(None, lines)))
+    )
     with create_shards(path, header) as writer:
         for span in Packer(LENGTH).pack(spans):
             writer.append(span)
@@ -502,6 +507,21 @@ def test_a_full_disk_is_one_line(workshop, tmp_path, blocks):
     assert line.endswith("cannot be written: file too large")
 
 
+def test_batches_without_targets(gemtool, workshop, tmp_path):
+    """No number is invented for them, and the card stays strict JSON."""
+    write_shards(tmp_path / "mute", Vocab.load(workshop / "vocab.model"), ["a"] * 9, weight=0)
+    done = gemtool(
+        *("train", "--data", "mute", "--eval", "mute", "--model", workshop / "model.toml"),
+        *("--vocab", workshop / "vocab.model", "--steps", 1, "--ckpt", "run"),
+        env=environment(workshop),
+    )
+    (row,) = rows_of(done.stdout)
+    assert row["loss"] is row["eval_loss"] is None
+    assert row["reason"] == "loss: the batch has no target, eval_loss is nan"
+    card = (tmp_path / "run" / "card.json").read_text()
+    assert json.loads(card, parse_constant=pytest.fail)["metrics"] == row
+
+
 def test_a_run_that_does_not_begin_leaves_no_folder(gemtool, workshop, tmp_path):
     more = ("--data", workshop / "shards", "--ckpt", "new/run")
     done = gemtool("train", *more, env=environment(workshop), check=False)
@@ -534,6 +554,7 @@ def test_init_starts_from_other_weights(gemtool, monkeypatch, workshop, whole, t
         ({"model": "nanoo"}, "did you mean 'nano'", 2),
         ({"model": "{bad}"}, "did you mean 'd_ff'", 1),
         ({"batch": 3, "accumulate": 2}, "--accumulate", 2),
+        ({"batch": 10**9}, "--batch 1000000000: a step of so many sequences of 32 takes more", 2),
         ({"resume": True, "force": True}, "--resume", 2),
         ({"init": "nowhere"}, "--model", 2),
         ({"init": "nowhere", "model": None}, "nowhere", 1),

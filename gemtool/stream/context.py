@@ -26,6 +26,7 @@ import os
 import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -390,3 +391,23 @@ def read_contexts(source: Source, name: str) -> Iterator[ContextReader]:
             pass
         if source.at_end():
             return
+
+
+def context_documents(path: str) -> frozenset[str] | None:
+    """The documents that the contexts of a file are of, by their headers, without reading the rest.
+
+    None where that cannot be known: a pipe, or damage, which the reader will report.
+    """
+    if not Path(path).is_file():
+        return None
+    found = set()
+    try:
+        with pa.memory_map(path) as file:
+            while file.tell() < file.size():
+                stream = pa.ipc.open_stream(file)
+                found.add(json.loads((stream.schema.metadata or {})[b"gemtool"])["doc"])
+                for _ in stream:  # views of the map
+                    pass
+    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError):
+        return None
+    return frozenset(found) or None

@@ -24,7 +24,7 @@ from gemtool.data.vocab import Vocab
 from gemtool.errors import GemtoolError, UsageError, did_you_mean
 from gemtool.model.config import PRESETS, ModelConfig, load_preset
 from gemtool.model.params import Tree, count_params
-from gemtool.runtime import setup_jax
+from gemtool.runtime import memory_size, setup_jax
 from gemtool.stream.files import printable
 from gemtool.stream.spans import provenance
 from gemtool.train.loader import Loader, evaluation_batches, open_data, require_match
@@ -121,6 +121,7 @@ class _Run:
         self.schedule = Schedule(options.steps, self.settings["lr"], self.settings["warmup"])
         self.optimizer = make_optimizer(self.config)
         self.eval_step = make_eval_step(self.config)
+        self._require_memory()
 
     # What a run is made of
 
@@ -222,6 +223,23 @@ class _Run:
             )
         return settings
 
+    def _require_memory(self) -> None:
+        """Refuses a batch that cannot fit, before it is built.
+
+        Raises:
+            UsageError: its arrays, and of a part of it what each layer hands on, exceed all memory.
+        """
+        options, length, there = self.options, self.loader.length, memory_size()
+        layers = len(self.config.layer_kinds)
+        part = options.batch // options.accumulate
+        needed = 4 * length * (5 * options.batch + part * self.config.d_model * layers)
+        if there is not None and needed > there:
+            raise UsageError(
+                f"--batch {options.batch}: a step of so many sequences of {length:,} takes more "
+                f"than {needed / 1e9:,.1f} GB, the device has {there / 1e9:,.1f} GB; lower it, or "
+                "raise --accumulate"
+            )
+
     def _restore_or_begin(self) -> TrainState:
         params = None if self.initial is None else self.initial.load_params()
         if self.record is None:
@@ -265,6 +283,7 @@ class _Run:
                 values = {name: _shortest(value) for name, value in metrics.items()}
                 seconds = time.perf_counter() - began
                 self.tokens += tokens
+                has_targets = any(np.any(batch.weights) for batch in batches)
                 row: Row = {
                     "step": step,
                     "loss": values.pop("loss"),
@@ -276,8 +295,12 @@ class _Run:
                 }
                 is_last = step == options.steps
                 is_finite = math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])
+                if not has_targets:
+                    row["loss"] = None
+                    row["reason"] = "loss: the batch has no target"
                 if is_finite and (is_last or step % options.eval_every == 0):
                     row |= self._evaluate(state.params)
+                row = strict(row)
                 self.emit(row)
                 if not is_finite:
                     self._fail(step)
@@ -285,7 +308,8 @@ class _Run:
                 stops_here = bool(stop) and not is_last  # a signal after this is for the next step
                 if is_last or stops_here or step % options.save_every == 0:
                     self._save(step, state)
-                bar.update(1, f"loss {row['loss']:.3f}, {tokens / seconds:,.0f} tokens/s")
+                loss = "no target" if row["loss"] is None else f"loss {row['loss']:.3f}"
+                bar.update(1, f"{loss}, {tokens / seconds:,.0f} tokens/s")
                 if stops_here:
                     self.folder.finish()
                     log.info(f"{self.folder.path}: saved step {step:,}; continue with --resume")
@@ -302,7 +326,7 @@ class _Run:
             for batch in evaluation_batches(self.evaluation, size)
         ]
         loss, weight = (math.fsum(column) for column in zip(*sums, strict=True))
-        return {"eval_loss": loss / max(weight, 1e-8)}
+        return {"eval_loss": loss / weight if weight else math.nan}
 
     def _fail(self, step: int) -> None:
         self.folder.finish()
@@ -384,10 +408,16 @@ def _shortest(value: Any) -> float:
     return float(str(np.asarray(value, np.float32)))
 
 
-def to_json(row: Row) -> str:
-    """A line of JSONL; a number that is not finite becomes null, and "reason" says what it was."""
+def strict(row: Row) -> Row:
+    """A row fit for JSON: a number that is not finite becomes None, and "reason" says what it was."""
     bad = [k for k, v in row.items() if isinstance(v, float) and not math.isfinite(v)]
-    if bad:
-        reason = ", ".join(f"{name} is {row[name]}" for name in bad)
-        row = {**row, **dict.fromkeys(bad), "reason": reason}
-    return json.dumps(row)
+    if not bad:
+        return row
+    reasons = [row["reason"]] if "reason" in row else []
+    reasons += [f"{name} is {row[name]}" for name in bad]
+    return {**row, **dict.fromkeys(bad), "reason": ", ".join(reasons)}
+
+
+def to_json(row: Row) -> str:
+    """A line of JSONL, made `strict`."""
+    return json.dumps(strict(row), allow_nan=False)
