@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import shlex
 import shutil
 import signal
@@ -29,6 +30,7 @@ from gemtool.model.config import ModelConfig
 from gemtool.model.params import flatten, init_params
 from gemtool.model.transformer import logits
 from gemtool.stream.spans import Header, Span
+from gemtool.train.extend import extend_params
 from gemtool.train.loop import TrainOptions, to_json, train
 from gemtool.train.objectives import next_token_loss
 from gemtool.train.optimizer import FLOOR, Schedule, decayed, make_optimizer
@@ -543,6 +545,38 @@ def test_init_starts_from_other_weights(gemtool, monkeypatch, workshop, whole, t
     )
     new = {"model": None, "vocab": None, "init": str(whole[1]), "data": (str(tmp_path / "low"),)}
     assert "media settings" in refused(monkeypatch, workshop, tmp_path / "new", **new)[0]
+
+
+def test_init_with_an_extended_vocabulary(gemtool, monkeypatch, workshop, whole, tmp_path):
+    """New rows are the means of the rows that spelled the new pieces; the old ones stay."""
+    old = Vocab.load(workshop / "vocab.model")
+    words = [chr(0x10D0 + i) + chr(0x10D1 + i) + chr(0x10D2 + i) for i in range(25)]
+    random.Random(0).shuffle(words)
+    lines = [" ".join(words[i % 20 : i % 20 + 5]) for i in range(200)]
+    more = tmp_path / "more.model"
+    more.write_bytes(train_vocab(lines, size=old.size + 8, extend=old))
+    new = Vocab.load(more)
+    assert new.extends(old)
+    assert not old.extends(new)
+    config = open_checkpoint(whole[1]).config
+    params = open_checkpoint(whole[1]).load_params()
+    grown = extend_params(params, config, old, new)
+    table, before = grown["embedding"], np.asarray(params["embedding"])
+    np.testing.assert_array_equal(table[: old.size], before)
+    for i in range(old.size, new.size):
+        spelled = old.encode(new.piece_bytes(i))
+        np.testing.assert_allclose(table[i], before[spelled].mean(0), rtol=1e-6)
+
+    write_shards(tmp_path / "shards", new, lines[:9] * 9)
+    gemtool(
+        *("train", "--data", "shards", "--init", whole[1], "--vocab", more, "--steps", 1),
+        *("--ckpt", "next"),
+        env=environment(workshop),
+    )
+    assert open_checkpoint(tmp_path / "next").config.vocab_size == new.size
+    changes = {"model": None, "init": str(whole[1]), "data": (str(tmp_path / "shards"),)}
+    found = refused(monkeypatch, workshop, tmp_path / "new", **changes, vocab=None)
+    assert "name its file with --vocab" in found[0]
 
 
 @pytest.mark.parametrize(

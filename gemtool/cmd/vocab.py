@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from io import StringIO
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -13,6 +14,9 @@ from gemtool import log
 from gemtool.cmd.options import Force, Inputs, Output, Seed, common
 from gemtool.errors import CorruptInput
 from gemtool.stream.files import display_name, open_input, open_output
+
+if TYPE_CHECKING:
+    from gemtool.data.vocab import Vocab
 
 
 @common
@@ -35,53 +39,80 @@ def vocab(
     force: Force = False,
     seed: Seed = 0,
 ) -> None:
-    """Learn a vocabulary from text or JSONL."""
+    """Learn a vocabulary from text or JSONL.
+
+    In the end it says, for each language, how many bytes a token stands for. The language of a
+    JSONL record is its "lang"; that of anything else is the name of its file.
+    """
     from gemtool.data.vocab import Vocab, train_vocab
 
     base = None if extend is None else Vocab.load(extend)
     with open_output(output, force=force) as file, log.progress("read", unit="lines") as bar:
-        lines = _counted(_lines(inputs or ["-"]), bar)
+        samples: dict[str, StringIO] = {}
+        lines = _sampled(_lines(inputs or ["-"]), samples, bar)
         model = train_vocab(lines, size=size, extend=base, seed=seed, sentences=sentences)
         file.write(model)
     made = Vocab(model, Path(output or "<stdout>"))
     log.info("vocabulary done", ids=made.size, fingerprint=made.fingerprint)
+    for language, sample in sorted(samples.items()):
+        text = sample.getvalue()
+        before = {} if base is None else {"before": bytes_a_token(base, text)}
+        log.info(language, bytes_a_token=bytes_a_token(made, text), **before)
 
 
-def _counted(lines: Iterator[str], bar: log.progress) -> Iterator[str]:
-    for line in lines:
+SAMPLE = 1 << 18
+"""Characters of a language that are kept to be measured."""
+
+
+def bytes_a_token(vocab: Vocab, text: str) -> float:
+    """How many bytes of a text a token stands for, to two decimals; 0 for an empty text."""
+    return round(len(text.encode()) / max(len(vocab.encode(text)), 1), 2)
+
+
+def _sampled(
+    lines: Iterator[tuple[str, str]], samples: dict[str, StringIO], bar: log.progress
+) -> Iterator[str]:
+    """Passes lines on, and keeps the beginning of each language's in `samples`."""
+    for language, line in lines:
         bar.update()
+        sample = samples.setdefault(language, StringIO())
+        if sample.tell() < SAMPLE:
+            sample.write(line if line.endswith("\n") else line + "\n")
         yield line
 
 
-def _lines(inputs: list[str]) -> Iterator[str]:
-    """Lines of all inputs. An input whose first line is a JSON object with a text is JSONL.
+def _lines(inputs: list[str]) -> Iterator[tuple[str, str]]:
+    """Languages and lines of all inputs. If the first line of one is a JSON object with a text, it
+    is JSONL.
 
     Ill-formed UTF-8 is left out: a vocabulary holds it as single bytes anyway.
     """
     for path in inputs:
         is_jsonl = False
+        name = display_name(path)
         with open_input(path) as file:
             for number, raw in enumerate(file, 1):
                 line = raw.decode("utf-8", errors="ignore")
                 if number == 1:
-                    is_jsonl = _text_of(line) is not None
+                    is_jsonl = _record_of(line) is not None
                 if not is_jsonl:
-                    yield line
+                    yield name, line
                 elif line.strip():
-                    text = _text_of(line)
-                    if text is None:
+                    record = _record_of(line)
+                    if record is None:
                         raise CorruptInput(
-                            f"{display_name(path)}: line {number}: expected a JSON object with a "
+                            f"{name}: line {number}: expected a JSON object with a "
                             f'"text" string, as in line 1'
                         )
-                    yield from text.splitlines()
+                    language = str(record.get("lang", name))
+                    yield from ((language, part) for part in record["text"].splitlines())
 
 
-def _text_of(line: str) -> str | None:
-    """The text of a line of JSONL; None for any other line."""
+def _record_of(line: str) -> dict[str, Any] | None:
+    """A line of JSONL that holds a text; None for any other line."""
     try:
         record = json.loads(line)
     except ValueError:
         return None
-    text = record.get("text") if isinstance(record, dict) else None
-    return text if isinstance(text, str) else None
+    has_text = isinstance(record, dict) and isinstance(record.get("text"), str)
+    return record if has_text else None

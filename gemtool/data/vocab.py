@@ -94,6 +94,13 @@ class Vocab:
             raise GemtoolError(f"{path}: vocabulary cannot be read: {reason(problem)}") from None
         return cls(model, path)
 
+    def extends(self, other: Vocab) -> bool:
+        """Whether every id of `other` means the same here."""
+        piece = self._processor.id_to_piece
+        return other.size <= self.size and all(
+            piece(i) == other._processor.id_to_piece(i) for i in range(other.size)
+        )
+
     def encode(self, text: str | bytes) -> np.ndarray:
         """Token ids [n], int32. Never a control id, whatever the text spells.
 

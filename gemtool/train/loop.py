@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import math
 import time
 import tomllib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from gemtool.model.params import Tree, count_params
 from gemtool.runtime import memory_size, setup_jax
 from gemtool.stream.files import printable
 from gemtool.stream.spans import provenance
+from gemtool.train.extend import extend_params
 from gemtool.train.loader import Loader, evaluation_batches, open_data, require_match
 from gemtool.train.optimizer import Schedule, default_peak, default_warmup, make_optimizer
 from gemtool.train.state import RunFolder, open_run
@@ -136,9 +136,20 @@ class _Run:
                     f"{where}: made with vocabulary {wanted}; that of --vocab "
                     f"{self.options.vocab} is {vocab.fingerprint}"
                 )
+            if self.initial is not None and not vocab.extends(self.initial.vocab):
+                raise GemtoolError(
+                    f"{self.initial.path}: has another vocabulary than --vocab "
+                    f"{self.options.vocab}, which does not extend it (`gemtool vocab --extend`)"
+                )
             return vocab
         if self.initial is not None:
-            return self.initial.vocab  # compared by _find_model
+            own_vocab = self.initial.vocab
+            if own_vocab.fingerprint != wanted:
+                raise GemtoolError(
+                    f"{self.initial.path}: its vocabulary is {own_vocab.fingerprint}, that of the "
+                    f"shards {wanted}; if that extends it, name its file with --vocab"
+                )
+            return own_vocab
         own = self.folder.path / VOCAB
         for path in [own, None] if own.exists() else [None]:
             vocab = Vocab.load(path)
@@ -153,15 +164,12 @@ class _Run:
         options, loader = self.options, self.loader
         if self.initial is not None:
             initial = self.initial
-            for what, own, other in (
-                ("vocabulary", initial.vocab.fingerprint, loader.vocab.get("fingerprint")),
-                ("media settings", initial.settings.structural(), loader.settings.structural()),
-            ):
-                if own != other:
-                    raise GemtoolError(
-                        f"{initial.path}: its {what} is {own}, that of the shards {other}"
-                    )
-            config = initial.config
+            own, other = initial.settings.structural(), loader.settings.structural()
+            if own != other:
+                raise GemtoolError(
+                    f"{initial.path}: its media settings are {own}, those of the shards {other}"
+                )
+            config = replace(initial.config, vocab_size=self.vocab.size)
         elif self.record is not None:
             config = ModelConfig.from_dict(self.record["settings"]["model"])
             if options.model is not None and config != self._fitted(options.model):
@@ -241,7 +249,11 @@ class _Run:
             )
 
     def _restore_or_begin(self) -> TrainState:
-        params = None if self.initial is None else self.initial.load_params()
+        params = None
+        if self.initial is not None:
+            params = self.initial.load_params()
+            if self.vocab.size > self.initial.vocab.size:
+                params = extend_params(params, self.initial.config, self.initial.vocab, self.vocab)
         if self.record is None:
             return init_state(self.config, self.optimizer, self.options.seed, params)
         self.loader.set_state(self.record["loader"])
@@ -397,10 +409,8 @@ def load_model(name: str) -> ModelConfig:
 def fit_to_data(config: ModelConfig, vocab_size: int, settings: MediaSettings) -> ModelConfig:
     """The architecture with as many token embeddings and soft positions as the data need."""
     tokens = {"visual": settings.image_soft, "audio": settings.audio_rate}
-    encoders = tuple(
-        dataclasses.replace(encoder, tokens=tokens[encoder.kind]) for encoder in config.encoders
-    )
-    return dataclasses.replace(config, vocab_size=vocab_size, encoders=encoders)
+    encoders = tuple(replace(encoder, tokens=tokens[encoder.kind]) for encoder in config.encoders)
+    return replace(config, vocab_size=vocab_size, encoders=encoders)
 
 
 def _shortest(value: Any) -> float:
