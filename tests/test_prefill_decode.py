@@ -610,3 +610,6 @@ def test_hand_written_spans_and_dry_run(
     assert b"'b' is empty; skipped" in done.stderr
     written = gemtool("prefill", "--ckpt", folder, "--no-pg", input=data, env=compiled).stdout
     assert abs(len(written) - plan["disk"]) < 6000
+    unusable = {"GEMTOOL_CACHE": "/proc/nowhere"}
+    done = gemtool("prefill", "--ckpt", folder, "--dry-run", input=data, env=unusable)
+    assert done.stderr.count(b"/proc/nowhere/xla: compiled programs are not kept: ") == 1
