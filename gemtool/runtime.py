@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 from pathlib import Path
 
 from gemtool import log
+from gemtool.errors import reason
 
 
 def setup_jax() -> None:
@@ -30,8 +32,12 @@ def setup_jax() -> None:
         return
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as problem:
-        log.debug(f"{folder}: compiled programs are not kept: {problem.strerror}")
+        # Nobody asked for the default place; who named another one wants to know.
+        tell = log.warning if os.environ.get("GEMTOOL_CACHE") else log.debug
+        tell(f"{folder}: compiled programs are not kept: {reason(problem)}")
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)

@@ -30,16 +30,25 @@ The work could not be done: a file is missing or unreadable, a disk is full, par
 together. One line on standard error says what to do.
 .TP
 .B 2
-The command line, a configuration file or an environment variable is wrong.
+The command line, a configuration file or an environment variable is wrong; or an output exists
+already and
+.B \\-f
+is not given.
 .TP
 .B 3
 An input is damaged, truncated, or not of the kind that was expected.
+.TP
+.B 129
+The terminal went away (SIGHUP).
 .TP
 .B 130
 Interrupted (SIGINT). A second one skips the clean-up.
 .TP
 .B 141
 The reader of standard output went away.
+.TP
+.B 143
+Terminated (SIGTERM).
 """
 
 ENVIRONMENT = """\

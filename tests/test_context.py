@@ -244,3 +244,17 @@ def test_what_is_no_context_is_named(tmp_path: Path) -> None:
     path.write_bytes(b"")
     with pytest.raises(CorruptInput, match="empty input"):
         read(path)
+
+
+def test_a_documents_name_commands_no_terminal(gemtool, tmp_path: Path) -> None:
+    name = "a\nb\x1b[2J"
+    with (tmp_path / "c").open("wb") as sink:
+        writer = ContextWriter(sink, replace(HEADER, doc=name))
+        writer.block(np.array([70], np.int32), {})
+        writer.state({"layers/0/tail": np.zeros(1, np.float32)})
+        writer.end(np.zeros(3, np.float32))
+        writer.close({"text": 1}, {})
+    for mode in ((), ("--verify",)):
+        shown = gemtool("view", *mode, "c").stdout.decode()
+        assert "a\\nb\\u001b[2J" in shown
+        assert "\x1b" not in shown

@@ -193,6 +193,9 @@ def test_cron(tmp_path: Path) -> None:
     made = weights.stat().st_mtime_ns
     shell(f"{settings} {script} inbox home", tmp_path)
     assert weights.stat().st_mtime_ns == made
+    (tmp_path / "inbox" / "notes.md").write_text("The same name, other words.")
+    shell(f"{settings} {script} inbox home", tmp_path)
+    assert weights.stat().st_mtime_ns != made
 
 
 def test_pipeline(workplace: Path) -> None:
@@ -204,6 +207,7 @@ def test_pipeline(workplace: Path) -> None:
     script = ROOT / "examples" / "pipeline" / "ask.sh"
     done = shell(f"MAX_TOKENS=4 {script} run papers asked.txt", workplace)
     assert len(done.stdout.splitlines()) == 4
+    assert {p.suffix for p in (workplace / "papers").iterdir()} == {".md", ".jpg", ".ctx"}
     made = (workplace / "papers" / "notes.md.ctx").stat().st_mtime_ns
     shell(f"MAX_TOKENS=4 {script} run papers asked.txt", workplace)
     assert (workplace / "papers" / "notes.md.ctx").stat().st_mtime_ns == made

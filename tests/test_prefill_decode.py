@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -29,7 +28,7 @@ from gemtool.control import VIDEO as VIDEO_TOKEN
 from gemtool.data.settings import MediaSettings
 from gemtool.data.vocab import Vocab
 from gemtool.errors import CorruptInput, GemtoolError
-from gemtool.infer.decode import Request, answers, load_context, read_requests
+from gemtool.infer.decode import Request, answers, load_context
 from gemtool.infer.engine import Engine
 from gemtool.infer.pieces import Piece, tiles_of
 from gemtool.infer.prefill import write_context
@@ -558,42 +557,6 @@ def test_a_prompt_may_name_its_document(engine: Engine, tmp_path: Path) -> None:
         list(answers(engine, None, [request]))
 
 
-def test_prompts_are_read_line_by_line() -> None:
-    lines = (
-        b'{"prompt": "a"}\n\n{"prompt": "b", "id": "x", "stop": "z", "top_k": 3}\n{"promt": 1}\n'
-    )
-    reader = read_requests(io.BytesIO(lines), "p.jsonl", Prompt("", sampling=Sampling(0.5)))
-    first, second = next(reader), next(reader)
-    assert (first.id, first.prompt.text, first.prompt.index) == ("0", "a", 0)
-    assert (second.id, second.prompt.stop, second.prompt.index) == ("x", ("z",), 1)
-    assert second.prompt.sampling == Sampling(0.5, top_k=3)
-    with pytest.raises(CorruptInput, match="line 4: unknown field 'promt'; did you mean"):
-        next(reader)
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ("{", "line 1, column 2: not JSON: .*; expected an object"),
-        ('{"prompt": "a",}', "line 1, column 16: not JSON"),
-        ('{"prompt": ""}', "line 1: 'prompt' is empty; expected a question"),
-        ("[]", "not a JSON object"),
-        ("{}", "no field 'prompt'"),
-        ('{"prompt": 3}', "'prompt' is 3; expected str"),
-        ('{"prompt": "a", "max_tokens": 0}', "at least 1"),
-        ('{"prompt": "a", "max_tokens": true}', "expected int"),
-        ('{"prompt": "a", "top_p": 2}', "top-p is 2; expected"),
-        ('{"prompt": "a", "stop": [1]}', "'stop' must be"),
-        ('{"prompt": "a", "seed": -1}', "not be negative"),
-        ('{"prompt": "a", "id": "\\ud800"}', "surrogates"),
-        ("[" * 100_000, "line 1"),
-    ],
-)
-def test_bad_prompts_are_named(line: str, message: str) -> None:
-    with pytest.raises(CorruptInput, match=message):
-        list(read_requests(io.BytesIO(line.encode()), "p.jsonl", Prompt("")))
-
-
 def test_hand_written_spans_and_dry_run(
     gemtool: Command, compiled: dict[str, str], folder: Path
 ) -> None:
@@ -610,3 +573,6 @@ def test_hand_written_spans_and_dry_run(
     assert b"'b' is empty; skipped" in done.stderr
     written = gemtool("prefill", "--ckpt", folder, "--no-pg", input=data, env=compiled).stdout
     assert abs(len(written) - plan["disk"]) < 6000
+    unusable = {"GEMTOOL_CACHE": "/proc/nowhere"}
+    done = gemtool("prefill", "--ckpt", folder, "--dry-run", input=data, env=unusable)
+    assert done.stderr.count(b"/proc/nowhere/xla: compiled programs are not kept: ") == 1

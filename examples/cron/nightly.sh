@@ -14,7 +14,8 @@ mkdir -p "$home"
 exec 9> "$home/lock"
 flock -n 9 || exit 0
 
-today=$(cd "$inbox" && find . -type f | sort | cksum | cut -d' ' -f1)
+# Names and contents: a document that changed is a new state of the folder.
+today=$(cd "$inbox" && find . -type f -exec cksum {} + | sort | cksum | cut -d' ' -f1)
 shards=$home/shards-$today
 if [ ! -e "$shards/manifest.json" ]; then
   gemtool tokenize -q --keep-going "$inbox" |

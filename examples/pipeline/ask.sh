@@ -16,9 +16,7 @@ for document in "$folder"/*; do
   if [ ! -e "$context" ] || [ "$document" -nt "$context" ]; then
     gemtool tokenize -q --for "$ckpt" "$document" | gemtool prefill -q -f --ckpt "$ckpt" -o "$context"
   fi
-  jq -R --arg doc "$document" '{id: ($doc + ": " + .), prompt: .}' "$questions" |
-    jq -c . > "$context.questions"
-  gemtool decode -q --ckpt "$ckpt" --cache "$context" --prompts "$context.questions" \
-    --max-tokens "${MAX_TOKENS:-48}" --format jsonl
-  rm "$context.questions"
+  jq -cR --arg doc "$document" '{id: ($doc + ": " + .), prompt: .}' "$questions" |
+    gemtool decode -q --ckpt "$ckpt" --cache "$context" --prompts - \
+      --max-tokens "${MAX_TOKENS:-48}" --format jsonl
 done

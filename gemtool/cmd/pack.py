@@ -38,7 +38,7 @@ def pack(
     cut. Attention does not cross from one document of a sequence to another.
     """
     from gemtool.data.packing import Packer
-    from gemtool.errors import CorruptInput
+    from gemtool.errors import CorruptInput, counted
     from gemtool.stream.files import display_name
     from gemtool.stream.join import open_all_spans
     from gemtool.stream.spans import create_spans
@@ -60,6 +60,6 @@ def pack(
                 writer.append(span)
                 bar.update(len(span.tokens))
     log.info(
-        f"packed {packer.documents:,} documents, {packer.tokens:,} tokens into "
-        f"{packer.sequences:,} sequences of {length:,}; {packer.waste:.2%} of positions empty"
+        f"packed {counted(packer.documents, 'document')}, {counted(packer.tokens, 'token')} into "
+        f"{counted(packer.sequences, 'sequence')} of {length:,}; {packer.waste:.2%} of positions empty"
     )

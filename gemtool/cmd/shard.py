@@ -9,7 +9,7 @@ import typer
 
 from gemtool import log
 from gemtool.cmd.options import Force, Inputs, NoPg, Recover, common
-from gemtool.errors import UsageError
+from gemtool.errors import UsageError, counted
 
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 _UNITS |= {"kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}
@@ -68,8 +68,9 @@ def shard(
                 writer.append(span)
                 bar.update(len(span.tokens))
     log.info(
-        f"{output}: {writer.sequences:,} sequences, {sum(writer.tokens.values()):,} tokens, "
-        f"{len(writer.files)} files, {sum(part['bytes'] for part in writer.files):,} bytes"
+        f"{output}: {counted(writer.sequences, 'sequence')}, "
+        f"{counted(sum(writer.tokens.values()), 'token')}, {counted(len(writer.files), 'file')}, "
+        f"{sum(part['bytes'] for part in writer.files):,} bytes"
     )
 
 

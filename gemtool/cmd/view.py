@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gemtool.cmd.options import Input, Recover, common
-from gemtool.errors import GemtoolError, UsageError
+from gemtool.errors import GemtoolError, UsageError, counted
 
 if TYPE_CHECKING:
     from gemtool.data.vocab import Vocab
@@ -113,7 +113,8 @@ def view_spans(
     else:
         found = span_stats(spans, header.packed)
         if mode is Mode.verify:
-            yield f"{name}: ok, {found['spans']:,} spans, {found['tokens']['total']:,} tokens"
+            tokens = counted(found["tokens"]["total"], "token")
+            yield f"{name}: ok, {counted(found['spans'], 'span')}, {tokens}"
         else:
             yield to_json(found)
 
@@ -222,10 +223,9 @@ def view_contexts(source: Source, name: str, mode: Mode) -> Iterator[str]:
         if mode is Mode.stats:
             yield to_json(found)
         elif mode is Mode.verify:
-            yield f"{name}: {found['doc']}: ok, {found['length']:,} tokens, id {found['id']}"
+            yield f"{name}: {escaped(found['doc'])}: ok, {found['length']:,} tokens, id {found['id']}"
         else:
-            for key, value in found.items():
-                yield f"{key}\t{value if isinstance(value, str) else to_json(value)}"
+            yield from pairs(found)
 
 
 def context_stats(context: ContextReader) -> dict[str, Any]:
@@ -272,8 +272,13 @@ def view_checkpoint(folder: Path, mode: Mode) -> Iterator[str]:
         if mode is Mode.stats:
             yield to_json(found)
         else:
-            for key, value in found.items():
-                yield f"{key}\t{value if isinstance(value, str) else to_json(value)}"
+            yield from pairs(found)
+
+
+def pairs(values: Mapping[str, Any]) -> Iterator[str]:
+    """A line a value, behind its name and a tab."""
+    for key, value in values.items():
+        yield f"{key}\t{escaped(value) if isinstance(value, str) else to_json(value)}"
 
 
 def to_json(value: Any) -> str:

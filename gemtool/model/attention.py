@@ -2,16 +2,16 @@
 
 For the normed hidden rows x of one document, and for each query head with its key/value head,
 
-    h_t  = sum_j conv_j * x_{t-j}                  depthwise causal convolution (``qk_conv`` taps)
+    h_t  = sum_j conv_j * x_{t-j}                  depthwise causal convolution (`qk_conv` taps)
     q_t  = W_q h_t       k_t = W_k h_{t - key_shift}       v_t = W_v x_t
-    q, k = norm(q), norm(k), rotated by their position where the kind has ``rope_theta``
+    q, k = norm(q), norm(k), rotated by their position where the kind has `rope_theta`
     s_ti = temperature * <q_t, k_i>                for i <= t (and t - i < window)
     y_t  = W_o sum_i softmax_i(s_t., sink) v_i
 
-With ``key_shift`` = 1 and W_q = W_k, the query after "...ABC" matches the key of whatever token
+With `key_shift` = 1 and W_q = W_k, the query after "...ABC" matches the key of whatever token
 followed an earlier "...ABC" and returns that token's value: recall in a single layer.
 
-A step over new rows needs little of the past: ``conv_tail`` rows of x, and the keys and values within
+A step over new rows needs little of the past: `conv_tail` rows of x, and the keys and values within
 reach. Windows cache keys *before* rotation and rotate relative to the step, since float32 angles of
 absolute positions lose their meaning at millions of tokens.
 
@@ -37,9 +37,9 @@ from gemtool.model.params import Tree
 class LayerCache:
     """What one layer keeps of the past.
 
-    ``k``, ``v``  [B, S, N, K] in the config's ``kv_dtype``. Full attention: S is the capacity, rows
+    `k`, `v`      [B, S, N, K] in the config's `kv_dtype`. Full attention: S is the capacity, rows
                   from the cache's length on are free. Window: S is the window, the last row newest.
-    ``tail``      float32 [B, conv_tail, D], the last normed hidden rows, newest last; zeros before
+    `tail`        float32 [B, conv_tail, D], the last normed hidden rows, newest last; zeros before
                   the beginning.
     """
 
@@ -62,7 +62,7 @@ def attend_packed(
 ) -> jax.Array:
     """Attention over whole packed sequences, never across segments.
 
-    ``x`` [B, T, D] normed; ``positions``, ``segments`` int32 [B, T] -> [B, T, D].
+    `x` [B, T, D] normed; `positions`, `segments` int32 [B, T] -> [B, T, D].
     """
     before = ((0, 0), (kind.conv_tail, 0))
     rows = jnp.pad(x, (*before, (0, 0)))
@@ -96,8 +96,8 @@ def attend_cached(
 ) -> tuple[jax.Array, LayerCache]:
     """Attention of T new positions over the cache and themselves.
 
-    ``x`` [B, T, D] normed; ``length`` int32 [], positions already cached; ``valid`` int32 [], how many
-    of the T are real. Returns [B, T, D], of which rows from ``valid`` on mean nothing, and the cache
+    `x` [B, T, D] normed; `length` int32 [], positions already cached; `valid` int32 [], how many
+    of the T are real. Returns [B, T, D], of which rows from `valid` on mean nothing, and the cache
     with the real rows added.
     """
     extend = _extend_window if kind.attention == "window" else _extend_full
@@ -115,7 +115,7 @@ def write_keys(
     length: jax.Array,
     valid: jax.Array,
 ) -> LayerCache:
-    """The cache that :func:`attend_cached` returns, without attending."""
+    """The cache that `attend_cached` returns, without attending."""
     extend = _extend_window if kind.attention == "window" else _extend_full
     return extend(p, config, kind, x, cache, length, valid)[-1]
 
@@ -131,7 +131,7 @@ def _extend_full(
 ) -> Extended:
     """New keys and values into the free rows of the buffer; queries see all rows before them.
 
-    Rows beyond ``valid`` are written too (a fixed shape costs nothing) and overwritten by the next
+    Rows beyond `valid` are written too (a fixed shape costs nothing) and overwritten by the next
     step; causality hides them until then.
     """
     rows = jnp.concatenate([cache.tail, x], axis=1)
@@ -195,10 +195,10 @@ def _project(
     rows: jax.Array,
     segments: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Queries [B, T, H, K], keys and values [B, T, N, K] of the last T of ``rows``, unrotated.
+    """Queries [B, T, H, K], keys and values [B, T, N, K] of the last T of `rows`, unrotated.
 
-    ``rows`` [B, conv_tail + T, D] begin with the rows that convolution and shift look back to;
-    ``segments`` int32 [B, conv_tail + T] keep them from looking into another document. Values, and
+    `rows` [B, conv_tail + T, D] begin with the rows that convolution and shift look back to;
+    `segments` int32 [B, conv_tail + T] keep them from looking into another document. Values, and
     keys that are cached unrotated, come rounded for the cache.
     """
     steps = rows.shape[1] - kind.conv_tail

@@ -16,10 +16,10 @@ Array = Any
 class MediaGroups:
     """Soft tokens of one modality. A group is an image tile, a video frame or a second of audio.
 
-    ``values``  [N, P, F] raw features: uint8 pixels (F = 588) or float16 log-mel (F = 320).
-    ``at``      int32 [N], where the first soft token lies in the flattened batch (row * T + column);
+    `values`    [N, P, F] raw features: uint8 pixels (F = 588) or float16 log-mel (F = 320).
+    `at`        int32 [N], where the first soft token lies in the flattened batch (row * T + column);
                 B * T or more: the group is absent.
-    ``rows``    int32 [N], how many of the P rows are real.
+    `rows`      int32 [N], how many of the P rows are real.
     """
 
     values: Array
@@ -32,13 +32,13 @@ class MediaGroups:
 class Batch:
     """Packed sequences, [B, T] each.
 
-    ``tokens``     int32 ids.
-    ``segments``   int32, which document of its sequence a position belongs to, from 1; 0: padding.
-    ``positions``  int32 index within the segment.
-    ``targets``    int32, the next token.
-    ``weights``    float32, weight of that target in the loss; 0 where the next token is another
+    `tokens`       int32 ids.
+    `segments`     int32, which document of its sequence a position belongs to, from 1; 0: padding.
+    `positions`    int32 index within the segment.
+    `targets`      int32, the next token.
+    `weights`      float32, weight of that target in the loss; 0 where the next token is another
                    document's.
-    ``media``      :class:`MediaGroups` by encoder ("visual", "audio").
+    `media`        `MediaGroups` by encoder ("visual", "audio").
     """
 
     tokens: Array

@@ -20,16 +20,16 @@ from gemtool.model.config import ModelConfig
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:
-    """``length`` int32 []: positions seen, by every sequence of the batch; ``layers``: one each."""
+    """`length` int32 []: positions seen, by every sequence of the batch; `layers`: one each."""
 
     length: jax.Array
     layers: tuple[LayerCache, ...]
 
 
 def init_cache(config: ModelConfig, batch_size: int, capacity: int) -> Cache:
-    """An empty cache that can take ``capacity`` positions.
+    """An empty cache that can take `capacity` positions.
 
-    A step writes all T rows that it is given: ``length + T`` must never exceed the capacity, padding
+    A step writes all T rows that it is given: `length + T` must never exceed the capacity, padding
     of the last chunk included.
     """
     dtype = jnp.dtype(config.kv_dtype)
@@ -49,7 +49,7 @@ def full_layers(config: ModelConfig) -> tuple[int, ...]:
 
 
 def state_arrays(config: ModelConfig, cache: Cache) -> dict[str, np.ndarray]:
-    """All but the blocks: ``length``, ``layers/0/k``, ``layers/0/v``, ``layers/0/tail``."""
+    """All but the blocks: `length`, `layers/0/k`, `layers/0/v`, `layers/0/tail`."""
     arrays = {"length": np.asarray(cache.length)}
     for index, (kind, layer) in enumerate(zip(config.layer_kinds, cache.layers, strict=True)):
         if kind.attention == "window":

@@ -1,8 +1,8 @@
 """Model architecture as data: frozen, hashable dataclasses that read from and write to TOML tables.
 
-A :class:`ModelConfig` names a decoder. Its ``layers`` pattern (``"LLGL"``) spells one letter a layer,
-each letter standing for a :class:`LayerKind` in the table ``kinds``. Because every dataclass here is
-hashable, a config can be a static argument of ``jax.jit``. This module never imports jax.
+A `ModelConfig` names a decoder. Its `layers` pattern (`"LLGL"`) spells one letter a layer,
+each letter standing for a `LayerKind` in the table `kinds`. Because every dataclass here is
+hashable, a config can be a static argument of `jax.jit`. This module never imports jax.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ class ConfigError(GemtoolError):
 class LayerKind:
     """How one kind of layer attends.
 
-    ``attention``    "window": the last ``window`` positions, itself included; "full": all so far.
-    ``rope_theta``   base of the rotary position embedding (arXiv 2104.09864); 0: no position encoding.
-    ``qk_norm``      "unit": queries and keys of length one, times a learned temperature that starts at
-                     ``temperature``; "rms": RMSNorm with learned scales; "none". The last two divide
+    `attention`      "window": the last `window` positions, itself included; "full": all so far.
+    `rope_theta`     base of the rotary position embedding (arXiv 2104.09864); 0: no position encoding.
+    `qk_norm`        "unit": queries and keys of length one, times a learned temperature that starts at
+                     `temperature`; "rms": RMSNorm with learned scales; "none". The last two divide
                      the scores by sqrt(head_dim).
-    ``sink``         a learned logit a head that takes attention and gives nothing (arXiv 2309.17453).
-    ``qk_conv``      width of the depthwise causal convolution that feeds queries and keys; 1: none.
-    ``conv_init``    "identity": starts as no convolution; "spread": starts as a random mix of all taps.
-    ``key_shift``    1: the key of position t sees t-1 and before, never t. A query that matches the
+    `sink`           a learned logit a head that takes attention and gives nothing (arXiv 2309.17453).
+    `qk_conv`        width of the depthwise causal convolution that feeds queries and keys; 1: none.
+    `conv_init`      "identity": starts as no convolution; "spread": starts as a random mix of all taps.
+    `key_shift`      1: the key of position t sees t-1 and before, never t. A query that matches the
                      tokens before t then retrieves the *value* of t, the token that came next: an
                      induction head (arXiv 2209.11895) in one layer instead of two.
-    ``tie_qk_init``  W_q starts equal to W_k, so that equal contexts match before any training.
+    `tie_qk_init`    W_q starts equal to W_k, so that equal contexts match before any training.
     """
 
     letter: str
@@ -89,13 +89,13 @@ class LayerKind:
 
 @dataclass(frozen=True)
 class MoEConfig:
-    """A mixture of experts: each token runs through its ``top_k`` of ``experts`` SwiGLU networks.
+    """A mixture of experts: each token runs through its `top_k` of `experts` SwiGLU networks.
 
-    ``balance``  "bias": auxiliary-loss-free balancing (arXiv 2408.15664), a bias that only decides who
-                 is chosen and that training moves by ``bias_rate`` a step; "auxiliary": the load
-                 balancing loss of the Switch Transformer (arXiv 2101.03961), times ``auxiliary_loss``.
-    ``score``    "softmax" over experts or independent "sigmoid" of the router's logits.
-    ``z_loss``   weight of the squared log-partition of the router (arXiv 2202.08906).
+    `balance`    "bias": auxiliary-loss-free balancing (arXiv 2408.15664), a bias that only decides who
+                 is chosen and that training moves by `bias_rate` a step; "auxiliary": the load
+                 balancing loss of the Switch Transformer (arXiv 2101.03961), times `auxiliary_loss`.
+    `score`      "softmax" over experts or independent "sigmoid" of the router's logits.
+    `z_loss`     weight of the squared log-partition of the router (arXiv 2202.08906).
     """
 
     experts: int
@@ -123,11 +123,11 @@ class MoEConfig:
 class EncoderConfig:
     """The network that turns one modality's raw features into soft tokens.
 
-    ``kind``       "visual" or "audio".
-    ``tokens``     most soft tokens a group: patches of a frame (256 or 64), or of a second of audio.
-    ``features``   raw features a soft token: 588 = 14 x 14 pixels x 3; 320 = 4 log-mel frames x 80.
-    ``normalise``  "row": each soft token to mean 0 and deviation 1; "pixel": x / 127.5 - 1; "none".
-    ``depth``      residual MLP blocks after the first projection.
+    `kind`         "visual" or "audio".
+    `tokens`       most soft tokens a group: patches of a frame (256 or 64), or of a second of audio.
+    `features`     raw features a soft token: 588 = 14 x 14 pixels x 3; 320 = 4 log-mel frames x 80.
+    `normalise`    "row": each soft token to mean 0 and deviation 1; "pixel": x / 127.5 - 1; "none".
+    `depth`        residual MLP blocks after the first projection.
     """
 
     kind: str
@@ -158,10 +158,10 @@ class EncoderConfig:
 class ModelConfig:
     """A decoder-only transformer with pre-norm blocks over text and soft tokens.
 
-    ``layers`` spells the kind of each layer; the first ``dense_layers`` have a dense SwiGLU of width
-    ``d_ff``, the others a mixture of experts where ``moe`` is given. ``embedding_scale`` multiplies
+    `layers` spells the kind of each layer; the first `dense_layers` have a dense SwiGLU of width
+    `d_ff`, the others a mixture of experts where `moe` is given. `embedding_scale` multiplies
     token embeddings: with sqrt(d_model) they start with deviation 1 and are not drowned by what the
-    layers add, though the same table, unscaled, scores the next token. ``kv_dtype`` is what keys and
+    layers add, though the same table, unscaled, scores the next token. `kv_dtype` is what keys and
     values are rounded to, in training too, so that a cache loses nothing.
     """
 
@@ -225,7 +225,7 @@ class ModelConfig:
         return _build(cls, table, "model")
 
     def to_dict(self) -> dict[str, Any]:
-        """The tables that :meth:`from_dict` reads; keys that are None are left out, as TOML asks."""
+        """The tables that `from_dict` reads; keys that are None are left out, as TOML asks."""
         table = dataclasses.asdict(self)
         table["kinds"] = {kind.pop("letter"): kind for kind in table["kinds"]}
         table["encoders"] = {encoder.pop("kind"): encoder for encoder in table["encoders"]}

@@ -22,7 +22,7 @@ def unit_norm(x: jax.Array) -> jax.Array:
 def rotary(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
     """Rotary position embedding (arXiv 2104.09864); the two halves of a head are the pairs.
 
-    ``x`` [B, T, H, K] and ``positions`` int32 [B or 1, T] -> [B, T, H, K]. Scores of rotated queries
+    `x` [B, T, H, K] and `positions` int32 [B or 1, T] -> [B, T, H, K]. Scores of rotated queries
     and keys depend on the difference of positions only.
     """
     half = x.shape[-1] // 2
@@ -41,10 +41,10 @@ def swiglu(x: jax.Array, gate: jax.Array, up: jax.Array, down: jax.Array) -> jax
 
 @partial(jax.custom_jvp, nondiff_argnums=(1,))
 def round_to(x: jax.Array, dtype: str) -> jax.Array:
-    """``x`` (float32) with each value rounded to what ``dtype`` can hold; gradients pass unrounded.
+    """`x` (float32) with each value rounded to what `dtype` can hold; gradients pass unrounded.
 
     Training rounds keys and values like this, so that a cache of that dtype changes nothing.
-    ``reduce_precision`` is used since a compiler may drop a cast there and back as "excess
+    `reduce_precision` is used since a compiler may drop a cast there and back as "excess
     precision". Values beyond the largest float16 are clipped to it.
     """
     if dtype == "float32":

@@ -1,4 +1,4 @@
-"""Mixture of experts: a router in float32 sends each token to its best ``top_k`` experts.
+"""Mixture of experts: a router in float32 sends each token to its best `top_k` experts.
 
 No token is dropped and no expert has a capacity. Balance comes from a bias that decides only *who* is
 chosen and that training moves against the load (arXiv 2408.15664), or from an auxiliary loss.
@@ -18,7 +18,7 @@ Stats = dict[str, jax.Array]
 
 
 def moe_mlp(p: Tree, moe: MoEConfig, x: jax.Array, present: jax.Array) -> tuple[jax.Array, Stats]:
-    """Experts' outputs for tokens ``x`` [M, D]; rows where ``present`` bool [M] is False give zeros
+    """Experts' outputs for tokens `x` [M, D]; rows where `present` bool [M] is False give zeros
     from the routed experts and count in no statistic. Returns [M, D] and
 
     - "load" float32 [E]: each expert's share of all choices (1 / E is balance);
@@ -68,9 +68,9 @@ def router_loss(moe: MoEConfig, stats: Stats) -> jax.Array:
 
 
 def update_biases(params: Tree, config: ModelConfig, load: dict[str, jax.Array]) -> Tree:
-    """Parameters with each balance bias moved by ``bias_rate`` towards the less chosen experts.
+    """Parameters with each balance bias moved by `bias_rate` towards the less chosen experts.
 
-    ``load`` maps a layer ("1") to float32 [E], as in ``aux["load"]`` of the forward pass (averaged
+    `load` maps a layer ("1") to float32 [E], as in `aux["load"]` of the forward pass (averaged
     over whatever made up the batch). Without balance by bias, the parameters as they are.
     """
     moe = config.moe

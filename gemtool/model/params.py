@@ -1,8 +1,8 @@
 """The parameters of a model: one table gives shapes, dtypes, logical axes and initial values.
 
-:func:`param_specs` is the only place that says what a model's weights are. Initialisation, abstract
+`param_specs` is the only place that says what a model's weights are. Initialisation, abstract
 shapes, counts, the golden text of the tests and (later) shardings are all read off it. A tree is a
-nested dict; a leaf's path reads ``layers/0/attention/q``.
+nested dict; a leaf's path reads `layers/0/attention/q`.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ Tree = dict[str, Any]
 class ParamSpec:
     """One array of a model.
 
-    ``axes`` names each dimension by its meaning ("embed", "heads", ...), so that a mesh may map
-    meanings to devices. ``init`` is one of
+    `axes` names each dimension by its meaning ("embed", "heads", ...), so that a mesh may map
+    meanings to devices. `init` is one of
 
-    - "normal": independent normal values of deviation ``scale``;
-    - "constant": ``scale`` everywhere;
-    - "identity": convolution taps [C, D] that pass the current token through, ``scale`` elsewhere 0;
-    - "repeat": the sibling parameter ``source``, each slice along axis 1 repeated to fill this shape.
+    - "normal": independent normal values of deviation `scale`;
+    - "constant": `scale` everywhere;
+    - "identity": convolution taps [C, D] that pass the current token through, `scale` elsewhere 0;
+    - "repeat": the sibling parameter `source`, each slice along axis 1 repeated to fill this shape.
     """
 
     shape: tuple[int, ...]
@@ -49,7 +49,7 @@ class ParamSpec:
 
 
 def param_specs(config: ModelConfig) -> Tree:
-    """The nested table of :class:`ParamSpec`, in the structure of the parameters."""
+    """The nested table of `ParamSpec`, in the structure of the parameters."""
     d = config.d_model
     tree: Tree = {
         "embedding": ParamSpec((config.vocab_size, d), ("vocab", "embed"), scale=d**-0.5),
@@ -178,7 +178,7 @@ def _encoder(config: ModelConfig, encoder: EncoderConfig) -> Tree:
 
 
 def flatten(tree: Tree) -> dict[str, Any]:
-    """A nested dict as one dict with paths for keys, sorted: ``{"layers/0/attention/q": leaf}``."""
+    """A nested dict as one dict with paths for keys, sorted: `{"layers/0/attention/q": leaf}`."""
     return dict(sorted(_leaves(tree, "")))
 
 
@@ -191,7 +191,7 @@ def _leaves(tree: Tree, prefix: str) -> Iterator[tuple[str, Any]]:
 
 
 def unflatten(flat: dict[str, Any]) -> Tree:
-    """The nested dict of :func:`flatten`."""
+    """The nested dict of `flatten`."""
     tree: Tree = {}
     for path, leaf in flat.items():
         *parents, name = path.split("/")
@@ -208,17 +208,17 @@ def _map_specs(config: ModelConfig, build: Callable[[str, ParamSpec], Any]) -> T
 
 
 def abstract_params(config: ModelConfig) -> Tree:
-    """Shapes and dtypes (``jax.ShapeDtypeStruct``) of the parameters; nothing is allocated."""
+    """Shapes and dtypes (`jax.ShapeDtypeStruct`) of the parameters; nothing is allocated."""
     return _map_specs(config, lambda _, s: jax.ShapeDtypeStruct(s.shape, jnp.dtype(s.dtype)))
 
 
 def init_params(config: ModelConfig, key: jax.Array) -> Tree:
-    """Fresh parameters. An array depends on ``key`` and its own path only, so that adding a layer
+    """Fresh parameters. An array depends on `key` and its own path only, so that adding a layer
     leaves the others as they were.
 
     Values are drawn by NumPy on the host: the same on every device, and nothing is compiled (one
-    program for each of forty shapes takes XLA longer than the first training steps). So ``key`` must be
-    concrete: call this outside ``jit``.
+    program for each of forty shapes takes XLA longer than the first training steps). So `key` must be
+    concrete: call this outside `jit`.
     """
     specs = flatten(param_specs(config))
     seed = np.asarray(jax.random.key_data(key)).tolist()
@@ -245,7 +245,7 @@ def init_params(config: ModelConfig, key: jax.Array) -> Tree:
 def count_params(config: ModelConfig) -> tuple[int, int]:
     """Number of parameters in all, and those that one token runs through.
 
-    Of the experts only the chosen ``top_k`` are active; the embedding and the encoders count whole.
+    Of the experts only the chosen `top_k` are active; the embedding and the encoders count whole.
     """
     total = active = 0
     for path, spec in flatten(param_specs(config)).items():

@@ -1,10 +1,10 @@
-"""The decoder, top to bottom. All functions are pure; ``config`` is static under ``jax.jit``.
+"""The decoder, top to bottom. All functions are pure; `config` is static under `jax.jit`.
 
     embed -> [ x + attention(norm(x)) -> x + mlp(norm(x)) ] for each layer -> norm -> logits
 
-:func:`forward` runs whole packed sequences (training, likelihoods). :func:`step` runs T new positions
+`forward` runs whole packed sequences (training, likelihoods). `step` runs T new positions
 after a cache; prefill (T = chunk) and decode (T = 1) are that same function, and any way to cut a
-sequence into steps gives what ``forward`` gives. The mathematics of attention is in attention.py.
+sequence into steps gives what `forward` gives. The mathematics of attention is in attention.py.
 
 Axes: B sequences, T positions, D model, V vocabulary, N media groups of P soft tokens of F features.
 """
@@ -79,11 +79,11 @@ def forward(params: Tree, config: ModelConfig, batch: Batch) -> tuple[jax.Array,
 def step(
     params: Tree, config: ModelConfig, embeddings: jax.Array, cache: Cache, valid: jax.Array
 ) -> tuple[jax.Array, Cache]:
-    """Hidden states of T new positions after ``cache.length``, and the cache with them added.
+    """Hidden states of T new positions after `cache.length`, and the cache with them added.
 
-    ``embeddings`` [B, T, D] from :func:`embed`; ``valid`` int32 [], how many of the T are real, so that
-    the last chunk of a sequence keeps the shape of the others: hidden rows from ``valid`` on mean
-    nothing and leave no trace. Needs ``cache.length + T`` within the capacity.
+    `embeddings` [B, T, D] from `embed`; `valid` int32 [], how many of the T are real, so that
+    the last chunk of a sequence keeps the shape of the others: hidden rows from `valid` on mean
+    nothing and leave no trace. Needs `cache.length + T` within the capacity.
     """
     x = embeddings
     present = _real_rows(x, valid)
@@ -109,11 +109,11 @@ def step(
 def step_kv(
     params: Tree, config: ModelConfig, embeddings: jax.Array, cache: Cache, valid: jax.Array
 ) -> Cache:
-    """The part of :func:`step` that far later positions can see: work stops once the last
+    """The part of `step` that far later positions can see: work stops once the last
     full-attention layer has its keys and values.
 
-    The layers above keep their old windows, so the last :func:`tail_reach` positions before the first
-    hidden state of interest must run through ``step``; then it is exact.
+    The layers above keep their old windows, so the last `tail_reach` positions before the first
+    hidden state of interest must run through `step`; then it is exact.
     """
     x = embeddings
     present = _real_rows(x, valid)
@@ -133,8 +133,8 @@ def step_kv(
 
 
 def tail_reach(config: ModelConfig) -> int:
-    """How many positions before the first hidden state of interest must run through :func:`step`
-    rather than :func:`step_kv`: what the window layers above the last full layer look back to."""
+    """How many positions before the first hidden state of interest must run through `step`
+    rather than `step_kv`: what the window layers above the last full layer look back to."""
     last = full_layers(config)[-1] if full_layers(config) else -1
     above = config.layer_kinds[last + 1 :]
     return sum(kind.window - 1 + kind.conv_tail for kind in above)
@@ -149,7 +149,7 @@ def logits(params: Tree, config: ModelConfig, hidden: jax.Array) -> jax.Array:
 def _feed_forward(
     p: Tree, config: ModelConfig, x: jax.Array, present: jax.Array
 ) -> tuple[jax.Array, Stats]:
-    """x + mlp(norm(x)), dense or by experts: [B, T, D], ``present`` bool [B, T] -> [B, T, D]."""
+    """x + mlp(norm(x)), dense or by experts: [B, T, D], `present` bool [B, T] -> [B, T, D]."""
     h = rms_norm(x, p["mlp_norm"], config.norm_eps)
     if "mlp" in p:
         with jax.named_scope("mlp"):
@@ -161,7 +161,7 @@ def _feed_forward(
 
 
 def _real_rows(x: jax.Array, valid: jax.Array) -> jax.Array:
-    """bool [B, T]: the first ``valid`` of the T rows of x [B, T, D]."""
+    """bool [B, T]: the first `valid` of the T rows of x [B, T, D]."""
     batch_size, steps, _ = x.shape
     return jnp.broadcast_to(
         jnp.arange(steps, dtype=jnp.int32)[None, :] < valid, (batch_size, steps)
