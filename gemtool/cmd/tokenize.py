@@ -89,6 +89,10 @@ def tokenize(
             "--files-from", metavar="FILE", help="Read more inputs from FILE, one a line."
         ),
     ] = None,
+    follow_symlinks: Annotated[
+        bool,
+        typer.Option("--follow-symlinks", help="Go after symbolic links in folders."),
+    ] = False,
     part: Annotated[
         str | None,
         typer.Option("--part", metavar="I/N", help="Only the I-th of N parts of the inputs."),
@@ -137,7 +141,7 @@ def tokenize(
         paths += read_list(files_from)
     elif not paths:
         paths = ["-"]
-    files = list_inputs(paths, modality, check=not keep_going)
+    files = list_inputs(paths, modality, check=not keep_going, follow=follow_symlinks)
     if part is not None:
         files = take_part(files, part)
 
@@ -152,7 +156,7 @@ def tokenize(
         if any(map(is_stdin, files)):
             stack.enter_context(open_input(None))  # a terminal is noticed before the output
         used = Vocab.load(model)
-        documents: Iterator[Document] = read_documents(files, settings, modality)
+        documents: Iterator[Document] = read_documents(files, settings, modality, workers=threads)
         if keep_going:
             documents = skip_bad(documents, report)
         if one_document:

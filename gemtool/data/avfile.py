@@ -33,6 +33,9 @@ _DEMUXERS = (
 _LENGTH_OF_STREAMS = {"mov,mp4,m4a,3gp,3g2,mj2", "wav", "flac"}
 _LENGTH_OF_WHOLE = {"matroska,webm"}
 
+MAX_PIXELS = 40_000_000
+"""Pixels of a video's picture, at most: 8K has 35 million."""
+
 _TS_DISCONT = 0x0200
 """libav's flag of formats in which timestamps may start anew, such as MPEG-TS."""
 
@@ -65,8 +68,18 @@ class MediaFile:
 
         for stream in self.container.streams.video:
             if not stream.disposition & Disposition.attached_pic:
-                return self._decodable(stream)
+                return self._of_bearable_size(self._decodable(stream))
         return None
+
+    def _of_bearable_size(self, stream: Any) -> Any:
+        context = stream.codec_context
+        if context.width * context.height > MAX_PIXELS:
+            raise GemtoolError(
+                f"{self.name}: its picture of {context.width} x {context.height} has more than "
+                f"{MAX_PIXELS:,} pixels; scale it down: ffmpeg -i IN -vf scale=1920:-2 OUT.mkv"
+            )
+        context.options = {"max_pixels": str(MAX_PIXELS)}  # if it grows later
+        return stream
 
     def audio_stream(self) -> AudioStream | None:
         """The sound that libav thinks best, or else, as none of it came at first, the first."""
@@ -157,6 +170,8 @@ def open_media(source: Source, name: str) -> Iterator[MediaFile]:
                 io_open=_refuse,
                 metadata_errors="replace",
             )
+        except MemoryError:
+            raise
         except (av.FFmpegError, ValueError) as error:
             raise CorruptInput(
                 f"{name}: no sound or video in a known format, or its header is damaged "
@@ -173,6 +188,8 @@ def media_errors(name: str) -> Iterator[None]:
 
     try:
         yield
+    except MemoryError:
+        raise
     except av.FFmpegError as error:
         raise CorruptInput(f"{name}: damaged or truncated ({_reason(error)})") from None
 
@@ -197,6 +214,8 @@ class Decoder:
 
         try:
             return self._context.decode(packet)
+        except MemoryError:
+            raise
         except av.FFmpegError:
             self._damaged += 1
             return []

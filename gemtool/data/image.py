@@ -124,7 +124,7 @@ def _open(file: BinaryIO, name: str) -> tuple[Image.Image, bool]:
     except UnidentifiedImageError:
         raise CorruptInput(f"{name}: not an image in a known format") from None
     except MemoryError:
-        raise GemtoolError(f"{name}: not enough memory to decode the image") from None
+        raise
     except Exception as error:
         # Pillow's parsers raise whatever a damaged file makes them stumble over.
         raise CorruptInput(f"{name}: damaged or truncated image: {error}") from None
