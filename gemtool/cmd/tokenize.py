@@ -74,6 +74,13 @@ def tokenize(
             help="Write the time before each video frame [default: timestamps].",
         ),
     ] = None,
+    subtitles: Annotated[
+        bool | None,
+        typer.Option(
+            "--subtitles/--no-subtitles",
+            help="Take the text of subtitles of videos [default: no-subtitles].",
+        ),
+    ] = None,
     for_: Annotated[
         str | None,
         typer.Option(
@@ -128,6 +135,7 @@ def tokenize(
         "audio_rate": audio_rate,
         "audio": audio,
         "timestamps": timestamps,
+        "subtitles": subtitles,
     }
     settings, model = settings_for(
         for_, {key: value for key, value in media.items() if value is not None}, vocab

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from av import Packet
     from av.audio.stream import AudioStream
     from av.container import InputContainer
+    from av.subtitles.stream import SubtitleStream
     from av.video.stream import VideoStream
 
 Source = str | Path | bytes | BinaryIO
@@ -32,6 +33,9 @@ _DEMUXERS = (
 # Formats whose header states the length of each stream, or of all together, exactly.
 _LENGTH_OF_STREAMS = {"mov,mp4,m4a,3gp,3g2,mj2", "wav", "flac"}
 _LENGTH_OF_WHOLE = {"matroska,webm"}
+
+TEXT_CODECS = frozenset({"ass", "mov_text", "srt", "ssa", "subrip", "text", "webvtt"})
+"""Subtitles of other codecs are pictures of text."""
 
 MAX_PIXELS = 40_000_000
 """Pixels of a video's picture, at most: 8K has 35 million."""
@@ -86,6 +90,15 @@ class MediaFile:
         streams = self.container.streams
         stream: Any = streams.best("audio") or next(iter(streams.audio), None)
         return None if stream is None else self._decodable(stream)
+
+    def subtitle_stream(self) -> SubtitleStream | None:
+        """The first subtitles that are text, those marked as default before others."""
+        from av.stream import Disposition
+
+        known = [s for s in self.container.streams.subtitles if s.codec_context is not None]
+        texts = [s for s in known if s.codec_context.name in TEXT_CODECS]
+        chosen = [s for s in texts if s.disposition & Disposition.default] or texts
+        return chosen[0] if chosen else None
 
     def _decodable(self, stream: Any) -> Any:
         if stream.codec_context is None:
