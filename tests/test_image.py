@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 
 from gemtool.data.image import count_image, image_pieces, patchify, tile_boxes, unpatchify
 from gemtool.data.settings import MediaSettings
@@ -179,3 +179,19 @@ def test_photographs(real_media) -> None:
         pieces = list(image_pieces(real_media / name, MediaSettings(), name))
         assert len(pieces) == 6  # 640 x 427: u = 284
         assert all(20 < piece.payload.mean() < 235 for piece in pieces)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_orientation_is_that_of_pillow(orientation: int) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (90, 50, 3), np.uint8)
+    image = Image.fromarray(noise).resize((500, 900))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(image, "PNG", exif=exif)
+    upright = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    tiles = list(image_pieces(data, MediaSettings(), "x"))
+    assert len(tiles) == len(tile_boxes(*upright.size)) == 6
+    for piece in tiles:
+        expected = upright.crop(piece.meta["box"]).resize((224, 224), Image.Resampling.BICUBIC)
+        assert np.array_equal(unpatchify(piece.payload), np.asarray(expected))
+        assert piece.meta["size"] == list(upright.size)

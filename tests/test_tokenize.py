@@ -481,7 +481,7 @@ def test_sniff(head: bytes, name: str, kind: str) -> None:
 
 @pytest.mark.parametrize(
     ("head", "hint"),
-    [(b"\x1f\x8b\x08", "zcat"), (b"%PDF-1.7", "pdftotext"), (b"a\0b", "--modality")],
+    [(b"\xfd7zXZ\0", "xzcat"), (b"%PDF-1.7", "pdftotext"), (b"a\0b", "--modality")],
 )
 def test_what_cannot_be_tokenized_is_refused(head: bytes, hint: str) -> None:
     with pytest.raises(GemtoolError, match=hint):

@@ -74,6 +74,13 @@ def tokenize(
             help="Write the time before each video frame [default: timestamps].",
         ),
     ] = None,
+    subtitles: Annotated[
+        bool | None,
+        typer.Option(
+            "--subtitles/--no-subtitles",
+            help="Take the text of subtitles of videos [default: no-subtitles].",
+        ),
+    ] = None,
     for_: Annotated[
         str | None,
         typer.Option(
@@ -89,6 +96,10 @@ def tokenize(
             "--files-from", metavar="FILE", help="Read more inputs from FILE, one a line."
         ),
     ] = None,
+    follow_symlinks: Annotated[
+        bool,
+        typer.Option("--follow-symlinks", help="Go after symbolic links in folders."),
+    ] = False,
     part: Annotated[
         str | None,
         typer.Option("--part", metavar="I/N", help="Only the I-th of N parts of the inputs."),
@@ -124,6 +135,7 @@ def tokenize(
         "audio_rate": audio_rate,
         "audio": audio,
         "timestamps": timestamps,
+        "subtitles": subtitles,
     }
     settings, model = settings_for(
         for_, {key: value for key, value in media.items() if value is not None}, vocab
@@ -137,7 +149,7 @@ def tokenize(
         paths += read_list(files_from)
     elif not paths:
         paths = ["-"]
-    files = list_inputs(paths, modality, check=not keep_going)
+    files = list_inputs(paths, modality, check=not keep_going, follow=follow_symlinks)
     if part is not None:
         files = take_part(files, part)
 
@@ -152,7 +164,7 @@ def tokenize(
         if any(map(is_stdin, files)):
             stack.enter_context(open_input(None))  # a terminal is noticed before the output
         used = Vocab.load(model)
-        documents: Iterator[Document] = read_documents(files, settings, modality)
+        documents: Iterator[Document] = read_documents(files, settings, modality, workers=threads)
         if keep_going:
             documents = skip_bad(documents, report)
         if one_document:

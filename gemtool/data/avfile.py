@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from av import Packet
     from av.audio.stream import AudioStream
     from av.container import InputContainer
+    from av.subtitles.stream import SubtitleStream
     from av.video.stream import VideoStream
 
 Source = str | Path | bytes | BinaryIO
@@ -32,6 +33,12 @@ _DEMUXERS = (
 # Formats whose header states the length of each stream, or of all together, exactly.
 _LENGTH_OF_STREAMS = {"mov,mp4,m4a,3gp,3g2,mj2", "wav", "flac"}
 _LENGTH_OF_WHOLE = {"matroska,webm"}
+
+TEXT_CODECS = frozenset({"ass", "mov_text", "srt", "ssa", "subrip", "text", "webvtt"})
+"""Subtitles of other codecs are pictures of text."""
+
+MAX_PIXELS = 40_000_000
+"""Pixels of a video's picture, at most: 8K has 35 million."""
 
 _TS_DISCONT = 0x0200
 """libav's flag of formats in which timestamps may start anew, such as MPEG-TS."""
@@ -65,14 +72,33 @@ class MediaFile:
 
         for stream in self.container.streams.video:
             if not stream.disposition & Disposition.attached_pic:
-                return self._decodable(stream)
+                return self._of_bearable_size(self._decodable(stream))
         return None
+
+    def _of_bearable_size(self, stream: Any) -> Any:
+        context = stream.codec_context
+        if context.width * context.height > MAX_PIXELS:
+            raise GemtoolError(
+                f"{self.name}: its picture of {context.width} x {context.height} has more than "
+                f"{MAX_PIXELS:,} pixels; scale it down: ffmpeg -i IN -vf scale=1920:-2 OUT.mkv"
+            )
+        context.options = {"max_pixels": str(MAX_PIXELS)}  # if it grows later
+        return stream
 
     def audio_stream(self) -> AudioStream | None:
         """The sound that libav thinks best, or else, as none of it came at first, the first."""
         streams = self.container.streams
         stream: Any = streams.best("audio") or next(iter(streams.audio), None)
         return None if stream is None else self._decodable(stream)
+
+    def subtitle_stream(self) -> SubtitleStream | None:
+        """The first subtitles that are text, those marked as default before others."""
+        from av.stream import Disposition
+
+        known = [s for s in self.container.streams.subtitles if s.codec_context is not None]
+        texts = [s for s in known if s.codec_context.name in TEXT_CODECS]
+        chosen = [s for s in texts if s.disposition & Disposition.default] or texts
+        return chosen[0] if chosen else None
 
     def _decodable(self, stream: Any) -> Any:
         if stream.codec_context is None:
@@ -157,6 +183,8 @@ def open_media(source: Source, name: str) -> Iterator[MediaFile]:
                 io_open=_refuse,
                 metadata_errors="replace",
             )
+        except MemoryError:
+            raise
         except (av.FFmpegError, ValueError) as error:
             raise CorruptInput(
                 f"{name}: no sound or video in a known format, or its header is damaged "
@@ -173,6 +201,8 @@ def media_errors(name: str) -> Iterator[None]:
 
     try:
         yield
+    except MemoryError:
+        raise
     except av.FFmpegError as error:
         raise CorruptInput(f"{name}: damaged or truncated ({_reason(error)})") from None
 
@@ -197,6 +227,8 @@ class Decoder:
 
         try:
             return self._context.decode(packet)
+        except MemoryError:
+            raise
         except av.FFmpegError:
             self._damaged += 1
             return []

@@ -10,22 +10,48 @@ import math
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
+from PIL import Image, UnidentifiedImageError
+from PIL.Image import Resampling, Transpose
 
 from gemtool.data.pieces import Piece
 from gemtool.data.settings import PATCH, MediaSettings
 from gemtool.errors import CorruptInput, GemtoolError
 
-if TYPE_CHECKING:
-    from PIL import Image
-
 SMALL = 384
 """An image with no side longer than this is one tile."""
 
+MAX_PIXELS = 100_000_000
+"""An image of more is refused by its header, before memory is taken for it."""
+
 # Only formats that Pillow decodes itself: others, such as EPS, start an outside program.
 _FORMATS = "AVIF BMP GIF ICO JPEG JPEG2000 PCX PNG PPM QOI TGA TIFF WEBP".split()
+
+_ORIENTATION = 0x0112
+"""EXIF's tag of how a picture is to be turned."""
+
+_TURNS = {
+    2: Transpose.FLIP_LEFT_RIGHT,
+    3: Transpose.ROTATE_180,
+    4: Transpose.FLIP_TOP_BOTTOM,
+    5: Transpose.TRANSPOSE,
+    6: Transpose.ROTATE_270,
+    7: Transpose.TRANSVERSE,
+    8: Transpose.ROTATE_90,
+}
+
+# Whether columns count from the right, rows from below, and both change places.
+_AXES = {
+    2: (True, False, False),
+    3: (True, True, False),
+    4: (False, True, False),
+    5: (False, False, True),
+    6: (False, True, True),
+    7: (True, True, True),
+    8: (True, False, True),
+}
 
 Box = tuple[int, int, int, int]
 
@@ -87,61 +113,91 @@ def image_pieces(
         source = io.BytesIO(source)
     if isinstance(source, (str, Path)):
         with Path(source).open("rb") as file:
-            image, several = _open(file, name)
+            picture = _Picture(file, name)
     else:
-        image, several = _open(source, name)
-
-    from PIL import Image
-
+        picture = _Picture(source, name)
     size = (settings.image_size, settings.image_size)
-    boxes = tile_boxes(*image.size) if settings.tiles else [(0, 0, *image.size)]
-    for box in boxes:
-        tile = image.crop(box).resize(size, Image.Resampling.BICUBIC)
-        meta: dict[str, Any] = {"source": name, "box": list(box), "size": list(image.size)}
-        if several:
+    for box in tile_boxes(*picture.size) if settings.tiles else [(0, 0, *picture.size)]:
+        tile = picture.crop(box).resize(size, Resampling.BICUBIC)
+        meta: dict[str, Any] = {"source": name, "box": list(box), "size": list(picture.size)}
+        if picture.several:
             meta["frame"] = 0
         yield Piece("image", payload=patchify(np.asarray(tile)), meta=meta)
 
 
-def _open(file: BinaryIO, name: str) -> tuple[Image.Image, bool]:
-    """Decodes the first picture to upright RGB; also whether the file holds several."""
-    from PIL import Image, ImageOps, UnidentifiedImageError
+class _Picture:
+    """The first picture of a file, decoded; upright and RGB only where it is looked at.
 
-    try:
-        with warnings.catch_warnings():
-            # Pillow warns at half the size that it refuses; odd metadata is not our concern.
-            warnings.simplefilter("ignore")
-            Image.init()
-            image = Image.open(file, formats=[name for name in _FORMATS if name in Image.OPEN])
-            several = getattr(image, "is_animated", False)
-            image.load()
-            return _to_rgb(ImageOps.exif_transpose(image)), several
-    except Image.DecompressionBombError:
-        limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
-        raise GemtoolError(
-            f"{name}: the image has more than {limit:,} pixels; scale it down or cut it first"
-        ) from None
-    except UnidentifiedImageError:
-        raise CorruptInput(f"{name}: not an image in a known format") from None
-    except MemoryError:
-        raise GemtoolError(f"{name}: not enough memory to decode the image") from None
-    except Exception as error:
-        # Pillow's parsers raise whatever a damaged file makes them stumble over.
-        raise CorruptInput(f"{name}: damaged or truncated image: {error}") from None
+    So there is one copy of its pixels in memory, in the file's own mode.
+
+    Attributes:
+        size: width and height when upright.
+        several: whether the file holds more pictures.
+    """
+
+    def __init__(self, file: BinaryIO, name: str) -> None:
+        try:
+            with warnings.catch_warnings():
+                # Pillow warns below our own limit; odd metadata is not our concern.
+                warnings.simplefilter("ignore")
+                Image.init()
+                image = Image.open(file, formats=[name for name in _FORMATS if name in Image.OPEN])
+                if image.width * image.height > MAX_PIXELS:
+                    raise Image.DecompressionBombError
+                self.several = getattr(image, "is_animated", False)
+                image.load()
+                orientation = image.getexif().get(_ORIENTATION, 1)
+                self._low, self._high = _extremes(image) if image.mode == "F" else (0.0, 0.0)
+        except Image.DecompressionBombError:
+            raise GemtoolError(
+                f"{name}: the image has more than {MAX_PIXELS:,} pixels; scale it down or cut it "
+                "first"
+            ) from None
+        except UnidentifiedImageError:
+            raise CorruptInput(f"{name}: not an image in a known format") from None
+        except MemoryError:
+            raise
+        except Exception as error:
+            # Pillow's parsers raise whatever a damaged file makes them stumble over.
+            raise CorruptInput(f"{name}: damaged or truncated image: {error}") from None
+        self._image = image
+        self._turn = _TURNS.get(orientation)
+        width, height = image.size
+        self._mirrored, self._flipped, self._swapped = _AXES.get(orientation, (False,) * 3)
+        self.size = (height, width) if self._swapped else (width, height)
+
+    def crop(self, box: Box) -> Image.Image:
+        """A part of the upright picture, in RGB."""
+        xs, ys = (box[0], box[2]), (box[1], box[3])
+        if self._swapped:
+            xs, ys = ys, xs
+        if self._mirrored:
+            xs = (self._image.width - xs[1], self._image.width - xs[0])
+        if self._flipped:
+            ys = (self._image.height - ys[1], self._image.height - ys[0])
+        part = self._to_rgb(self._image.crop((xs[0], ys[0], xs[1], ys[1])))
+        return part if self._turn is None else part.transpose(self._turn)
+
+    def _to_rgb(self, image: Image.Image) -> Image.Image:
+        if image.mode.startswith("I"):  # 16 bits a pixel; Pillow's own conversion clips at 255
+            grey = np.clip(np.asarray(image, np.float64) / 257, 0, 255)
+            return Image.fromarray(np.rint(grey).astype(np.uint8)).convert("RGB")
+        if image.mode == "F":  # no fixed range: its own is stretched to full contrast
+            values = np.nan_to_num(np.asarray(image, np.float64)) - self._low
+            grey = values * (255 / (self._high - self._low) if self._high > self._low else 0)
+            return Image.fromarray(np.rint(grey).astype(np.uint8)).convert("RGB")
+        if image.has_transparency_data:
+            rgba = image.convert("RGBA")
+            white = Image.new("RGBA", rgba.size, "white")
+            return Image.alpha_composite(white, rgba).convert("RGB")
+        return image.convert("RGB")
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    from PIL import Image
-
-    if image.mode.startswith("I"):  # 16 bits a pixel; Pillow's own conversion clips at 255
-        grey = np.clip(np.asarray(image, np.float64) / 257, 0, 255)
-        return Image.fromarray(np.rint(grey).astype(np.uint8)).convert("RGB")
-    if image.mode == "F":  # no fixed range: its own is stretched to full contrast
-        values = np.nan_to_num(np.asarray(image, np.float64))
-        low, high = values.min(), values.max()
-        grey = (values - low) * (255 / (high - low) if high > low else 0)
-        return Image.fromarray(np.rint(grey).astype(np.uint8)).convert("RGB")
-    if image.has_transparency_data:
-        rgba = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
-    return image.convert("RGB")
+def _extremes(image: Image.Image) -> tuple[float, float]:
+    """Least and greatest value of a picture in floating point, some rows at a time."""
+    low, high = math.inf, -math.inf
+    for top in range(0, image.height, 64):
+        rows = image.crop((0, top, image.width, min(top + 64, image.height)))
+        values = np.nan_to_num(np.asarray(rows, np.float64))
+        low, high = min(low, float(values.min())), max(high, float(values.max()))
+    return low, high

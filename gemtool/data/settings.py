@@ -30,6 +30,8 @@ class MediaSettings:
     """Tokenize the sound of a video."""
     timestamps: bool = True
     """Put the time, `MM:SS`, before each video frame."""
+    subtitles: bool = False
+    """Put the text of a video's subtitles into the second in which they begin."""
 
     def __post_init__(self) -> None:
         if self.image_tokens not in (258, 66):

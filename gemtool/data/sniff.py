@@ -6,6 +6,7 @@ import re
 from enum import StrEnum
 from pathlib import PurePath
 
+from gemtool.data import compressed
 from gemtool.data.records import looks_like_record
 from gemtool.errors import GemtoolError
 
@@ -87,9 +88,9 @@ _MAGIC: tuple[tuple[re.Pattern[bytes], str], ...] = tuple(
     )
 )
 
+_COMPRESSED = ((b"\x1f\x8b\x08", "gzip"), (b"\x28\xb5\x2f\xfd", "zstd"))
+
 _REFUSED: tuple[tuple[bytes, str], ...] = (
-    (b"\x1f\x8b", "compressed with gzip; pipe it in with `zcat`"),
-    (b"\x28\xb5\x2f\xfd", "compressed with zstd; pipe it in with `zstdcat`"),
     (b"\xfd7zXZ\0", "compressed with xz; pipe it in with `xzcat`"),
     (b"BZh91AY&SY", "compressed with bzip2; pipe it in with `bzcat`"),
     (b"PK\x03\x04", "a zip archive; unpack it first"),
@@ -102,8 +103,14 @@ _REFUSED: tuple[tuple[bytes, str], ...] = (
 
 
 def extension_kind(name: str) -> str | None:
-    """The kind that a file's name speaks of: text, image, audio, video, records or None."""
+    """The kind that a file's name speaks of: text, image, audio, video, records or None.
+
+    That of compressed text is the text's.
+    """
     path = PurePath(name)
+    if path.suffix.lower() in compressed.EXTENSIONS:
+        kind = extension_kind(path.stem)
+        return kind if kind in ("text", RECORDS) else None
     if path.name in _NAMES:
         return "text"
     extension = path.suffix[1:].lower()
@@ -118,7 +125,8 @@ def sniff(head: bytes, name: str) -> str:
         name: its path, for the extension and for messages.
 
     Returns:
-        `text`, `image`, `audio`, `video`, or RECORDS for JSONL of documents.
+        `text`, `image`, `audio`, `video`, RECORDS for JSONL of documents, or one of
+        `compressed.COMPRESSED`, which is text or records inside.
 
     Raises:
         GemtoolError: binary content that is none of these.
@@ -127,6 +135,9 @@ def sniff(head: bytes, name: str) -> str:
     for pattern, kind in _MAGIC:
         if pattern.match(head):
             return kind if kind not in _CONTAINERS else _container(kind, head, by_name)
+    for magic, kind in _COMPRESSED:
+        if head.startswith(magic):
+            return kind
     for magic, what in _REFUSED:
         if head.startswith(magic):
             raise GemtoolError(f"{name}: cannot be tokenized: it is {what}")
@@ -140,6 +151,20 @@ def sniff(head: bytes, name: str) -> str:
     if by_name == RECORDS or looks_like_record(head):
         return RECORDS
     return "text"
+
+
+def sniff_text(head: bytes, name: str) -> str:
+    """The kind of what was compressed: `text` or RECORDS.
+
+    Raises:
+        GemtoolError: anything else.
+    """
+    path = PurePath(name)
+    inner = path.stem if path.suffix.lower() in compressed.EXTENSIONS else name
+    kind = sniff(head, inner)
+    if kind not in ("text", RECORDS):
+        raise GemtoolError(f"{name}: of compressed files only text is read; unpack it first")
+    return kind
 
 
 def _container(kind: str, head: bytes, by_name: str | None) -> str:

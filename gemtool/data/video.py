@@ -2,13 +2,14 @@
 
 The time of a video begins with its picture. Sample k of the picture is the last frame shown at or
 before k / fps seconds, so 10 seconds at 1 fps give 10 samples. Pieces come a second at a time: the
-timestamp, the samples taken in that second, then the second's sound. A second without a sample
-(fps below 1, or sound that outlasts the picture) has no timestamp.
+timestamp, the samples taken in that second, subtitles that begin in it if they are wanted, then
+the second's sound. A second without a sample (fps below 1, or sound that outlasts the picture) has
+no timestamp.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right, insort
 from collections import deque
 from collections.abc import Iterator
 from fractions import Fraction
@@ -18,9 +19,11 @@ import numpy as np
 
 from gemtool.data.audio import Second, SoundTrack
 from gemtool.data.avfile import Decoder, Source, media_errors, open_media
+from gemtool.data.clock import Clock
 from gemtool.data.image import patchify
 from gemtool.data.pieces import Piece
 from gemtool.data.settings import MediaSettings
+from gemtool.data.subtitles import Subtitles
 from gemtool.errors import CorruptInput, GemtoolError
 
 if TYPE_CHECKING:
@@ -35,6 +38,9 @@ _SOUND_LEAD = 3600
 
 _PADDING = 1600
 """Sound after the picture's last second, if shorter than these samples, is a codec's padding."""
+
+_TEXTS_WAITING = 100_000
+"""Subtitles that come before their time, at most."""
 
 _GOP_PACKETS = 600
 _GOP_BYTES = 64 << 20
@@ -77,10 +83,18 @@ def video_pieces(source: Source, settings: MediaSettings, name: str) -> Iterator
                 sound_stream, settings.audio_rate, media.longest_gap, name, picture.origin
             )
             streams.append(sound_stream)
+        text_stream = media.subtitle_stream() if settings.subtitles else None
+        texts = None
+        if text_stream is not None:
+            texts = Subtitles(text_stream, picture.origin or Fraction(0), name)
+            streams.append(text_stream)
         seconds = _Seconds(picture, sound, settings, name)
         for packet in media.packets(*streams):
             if packet.stream_index == stream.index:
                 seconds.add_picture(picture.push(packet))
+            elif text_stream is not None and packet.stream_index == text_stream.index:
+                assert texts is not None
+                seconds.add_texts(texts.push(packet))
             elif sound is not None:
                 seconds.add_sound(sound.push(packet))
             yield from seconds.complete()
@@ -110,6 +124,8 @@ class _Seconds:
         self._name = name
         self._samples: deque[_Sample] = deque()
         self._heard: deque[Second] = deque()
+        self._titled = settings.subtitles
+        self._texts: list[Piece] = []  # subtitles
         self._next = 0  # the second to come out
 
     def add_picture(self, samples: Iterator[_Sample]) -> None:
@@ -123,6 +139,13 @@ class _Seconds:
             if second.index < self._next:
                 raise self._apart()
             self._heard.append(second)
+
+    def add_texts(self, texts: Iterator[Piece]) -> None:
+        """Subtitles; one that comes too late for its second goes into the next."""
+        for text in texts:
+            insort(self._texts, text, key=_begin)
+            if len(self._texts) > _TEXTS_WAITING:
+                raise self._apart()
 
     def _apart(self) -> GemtoolError:
         return GemtoolError(
@@ -143,12 +166,15 @@ class _Seconds:
                 self.add_sound(sound.cut())
             elif sound is None and picture.finished:
                 break
+            if self._titled and not picture.finished and picture.position < self._next + 1:
+                break  # its subtitles lie before the picture of the next second
             yield from self._emit()
 
     def rest(self) -> Iterator[Piece]:
         """Yields everything that is left."""
         while self._samples or self._heard:
             yield from self._emit()
+        yield from self._texts
 
     def _emit(self) -> Iterator[Piece]:
         now = self._next
@@ -164,11 +190,18 @@ class _Seconds:
             start, end = (int(i * 1_000_000 / self._fps) for i in (index, index + 1))
             meta = {"source": self._name, "sample": index}
             yield Piece("video", patches, time=(start, end), meta=meta)
+        begun = bisect_left(self._texts, self._next * 1_000_000, key=_begin)
+        yield from self._texts[:begun]
+        del self._texts[:begun]
         if self._heard and self._heard[0].index == now:
             second = self._heard.popleft()
             after = self._picture.finished and now >= self._picture.end
             if not (after and second.samples < _PADDING):
                 yield second.piece(self._name)
+
+
+def _begin(piece: Piece) -> int:
+    return piece.time[0] if piece.time else 0
 
 
 class _Picture:
@@ -192,7 +225,7 @@ class _Picture:
         self._decoder = Decoder(stream, name)
         self._name = name
         self._size = settings.image_size
-        self._clock = _Clock(stream, longest_gap)
+        self._clock = Clock(stream, longest_gap)
         if self._clock.origin is not None:
             self.origin = self._clock.origin * self._time_base
         self._step = self._clock.step
@@ -370,64 +403,3 @@ class _Picture:
             # after scaling.
             self._patches = frame, patchify(np.rot90(pixels, round(frame.rotation / 90)))
         return self._patches[1]
-
-
-class _Clock:
-    """Ticks of the stream's time base since the picture began, from timestamps of any quality."""
-
-    def __init__(self, stream: Any, longest_gap: int) -> None:
-        time_base = Fraction(stream.time_base)
-        rate = stream.average_rate or stream.guessed_rate
-        self.origin: int | None = stream.start_time
-        self.step: float = float(1 / (rate * time_base)) if rate else 1.0
-        """Ticks from one frame to the next, usually."""
-        self.longest_gap = int(longest_gap / time_base)
-        self._last: float | None = None
-        self._shift: float = 0
-        self._last_pts: int | None = None
-        self._last_dts: int | None = None
-        self._wrong_pts = 0
-        self._wrong_dts = 0
-
-    @property
-    def now(self) -> float:
-        """The tick of the last frame."""
-        return self._last or 0.0
-
-    def place(self, frame: VideoFrame) -> tuple[int, bool]:
-        """The tick of the next frame, and whether its timestamp could be believed.
-
-        A frame without a timestamp, before its predecessor or after a jump follows one step after
-        the last, and those after it keep their distance from it.
-        """
-        time, steady = self._time_of(frame)
-        if self.origin is None:
-            self.origin = time or 0
-        last = self._last
-        if time is None:
-            at = 0 if last is None else last + self.step
-        else:
-            at = time - self.origin + self._shift
-        if last is not None and not 0 <= at - last <= self.longest_gap:
-            self._shift += last + self.step - at
-            at = last + self.step
-            steady = False
-        self._last = at
-        return int(at), steady
-
-    def _time_of(self, frame: VideoFrame) -> tuple[int | None, bool]:
-        """Its pts; or its dts, where those have been in order more often (AVI has no pts)."""
-        pts, dts = frame.pts, frame.dts
-        if pts is None or (self._last_pts is not None and pts <= self._last_pts):
-            self._wrong_pts += 1
-        if dts is None or (self._last_dts is not None and dts <= self._last_dts):
-            self._wrong_dts += 1
-        self._last_pts = self._last_pts if pts is None else pts
-        self._last_dts = self._last_dts if dts is None else dts
-        if pts is None or self._wrong_pts > self._wrong_dts:
-            return (pts if dts is None else dts), False
-        return pts, True
-
-    def pass_to(self, tick: int) -> None:
-        """Goes over frames that are not decoded."""
-        self._last = tick
