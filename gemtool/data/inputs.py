@@ -30,7 +30,7 @@ from gemtool.data.sniff import (
 from gemtool.data.text import text_chunks
 from gemtool.errors import CorruptInput, GemtoolError, UsageError, reason
 from gemtool.stream.checked import Source
-from gemtool.stream.files import display_name, is_stdin, open_input
+from gemtool.stream.files import display_name, is_stdin, open_input, printable
 
 _AHEAD = 16
 """Documents begun before they are taken, for each worker that decodes media."""
@@ -154,7 +154,7 @@ class _Reader:
     def documents(self, paths: Iterable[str | None]) -> Iterator[Document | None]:
         """The documents of all inputs; None before what blocks, or holds much memory."""
         for path in paths:
-            name = _printable(display_name(path))
+            name = display_name(path)
             owned = ExitStack()
             try:
                 if is_stdin(path) or not Path(str(path)).is_file():
@@ -216,7 +216,7 @@ class _Reader:
             text = str(item.value).encode("utf-8", "surrogatepass")
             return text_parts(text_chunks(BytesIO(text)), item.weight)
         path = folder / str(item.value)
-        job = Job(item.kind, _printable(str(path)), self._settings, _opened(path))
+        job = Job(item.kind, printable(str(path)), self._settings, _opened(path))
         return _within(self._media(job, item.weight), where)
 
 
@@ -239,11 +239,6 @@ def _is_regular(file: BinaryIO) -> bool:
         return stat.S_ISREG(os.fstat(file.fileno()).st_mode) and file.tell() == 0
     except (OSError, ValueError):
         return False
-
-
-def _printable(path: str) -> str:
-    """A path as a document id: file names are bytes, ids are text."""
-    return os.fsencode(path).decode("utf-8", "replace")
 
 
 def _guarded(parts: Iterator[Part], name: str) -> Iterator[Part]:
