@@ -72,7 +72,7 @@ def write_mutated(folder: Path, count: int, seed: int) -> list[Path]:
 
 
 class Watch:
-    """The peak of resident memory of a process and its children, as far as the system tells."""
+    """The peak of resident memory of a process and its children."""
 
     def __init__(self, pid: int) -> None:
         self.peak = 0
@@ -82,7 +82,7 @@ class Watch:
         self._thread.start()
 
     def _run(self) -> None:
-        while not self._stop.wait(0.02):
+        while not self._stop.wait(0.05):
             self.peak = max(self.peak, family_rss(self._pid))
 
     def close(self) -> int:
@@ -92,14 +92,15 @@ class Watch:
 
 
 def family_rss(pid: int) -> int:
-    """Bytes resident of a process and its descendants; 0 where there is no /proc."""
-    try:
-        status = Path(f"/proc/{pid}/status").read_text()
-        total = int(status.partition("VmRSS:")[2].split()[0]) * 1024
-        for children in Path(f"/proc/{pid}/task").glob("*/children"):
-            total += sum(map(family_rss, map(int, children.read_text().split())))
-    except (OSError, ValueError, IndexError):
-        return 0
+    """Bytes resident of a process and its children; 0 where there is no /proc."""
+    total = 0
+    for path in Path("/proc").glob("[0-9]*/status"):
+        try:
+            fields = dict(line.split(":", 1) for line in path.read_text().splitlines())
+            if pid in (int(fields["Pid"]), int(fields["PPid"])):
+                total += int(fields["VmRSS"].split()[0]) * 1024
+        except (OSError, ValueError, KeyError):
+            continue
     return total
 
 

@@ -59,6 +59,7 @@ def front_end(source, settings, name):
     if what == "warn": log.warning(f"{name}: careful")
     if what == "print": print("libav: noise", file=sys.stderr); os.write(2, b"noise"); print("x")
     if what == "read": yield Piece("text", text=source.read(5).decode())
+    if what == "gulp": yield Piece("text", text=str(len(source.read(5 << 20))))
     if what == "raw": channel.sock.sendall(b"x" * 99)
     if what == "huge": channel.sock.sendall(b"\\xff" * 8)
     if what == "lies": channel.send({"type": "piece", "kind": "image", "shape": [9, 9]}, b"abc")
@@ -185,6 +186,14 @@ def test_a_waiting_pipe_is_no_hang(hostile: None) -> None:
         job = Job("audio", "x-read", SETTINGS, handed(file, False), waits=True)
         assert [piece.text for piece in pool.pieces(job)] == ["hello"]
     thread.join()
+
+
+def test_a_pipe_is_read_in_bounded_steps(hostile: None) -> None:
+    # libav asks for a long index at once.
+    with Decoders() as pool:
+        source = handed(BytesIO(bytes(3 << 20)), False)
+        job = Job("audio", "x-gulp", SETTINGS, source, waits=True)
+        assert [piece.text for piece in pool.pieces(job)] == [str(1 << 20)]
 
 
 def test_what_is_not_wanted_is_not_decoded_for_ever(hostile: None) -> None:

@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 from gemtool import errors, log
 from gemtool.data.pieces import Piece
 from gemtool.data.settings import MediaSettings
-from gemtool.data.wire import Channel, WireError, read_piece
+from gemtool.data.wire import LARGEST_READ, Channel, WireError, read_piece
 from gemtool.data.worker import MEMORY
 from gemtool.errors import CorruptInput, GemtoolError
 
@@ -328,7 +328,7 @@ class _Worker:
 
     def _answer(self, file: BinaryIO, header: dict[str, Any]) -> None:
         size = header.get("size")
-        if not isinstance(size, int) or not 0 < size <= 1 << 20:
+        if not isinstance(size, int) or not 0 < size <= LARGEST_READ:
             raise _Lost("its decoder went astray")
         block = file.read(size)  # which may take as long as it takes
         try:

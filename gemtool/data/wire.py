@@ -21,6 +21,9 @@ _LENGTHS = struct.Struct("<II")
 _LARGEST_HEADER = 1 << 20
 _LARGEST_BODY = 64 << 20
 
+LARGEST_READ = 1 << 20
+"""Bytes that a worker may ask for at a time."""
+
 _PAYLOADS = {"image": "uint8", "video": "uint8", "audio": "float16"}
 
 Header = dict[str, Any]

@@ -23,7 +23,7 @@ from typing import Any
 
 from gemtool import log
 from gemtool.data.settings import MediaSettings
-from gemtool.data.wire import Channel, piece_message
+from gemtool.data.wire import LARGEST_READ, Channel, piece_message
 from gemtool.errors import GemtoolError
 
 MEMORY = 768 << 20
@@ -162,7 +162,10 @@ class _Pipe:
         return False
 
     def read(self, size: int) -> bytes:
-        self._channel.send({"type": "read", "size": size})
+        """Fewer bytes than `size` may come before the end, too, but at least one."""
+        if size <= 0:
+            return b""
+        self._channel.send({"type": "read", "size": min(size, LARGEST_READ)})
         answer = self._channel.receive()
         if answer is None:
             raise BrokenPipeError
@@ -171,7 +174,7 @@ class _Pipe:
 
 def _read_all(pipe: _Pipe, name: str) -> bytes:
     data = bytearray()
-    while block := pipe.read(1 << 20):
+    while block := pipe.read(LARGEST_READ):
         data += block
         if len(data) > _LARGEST_ENCODED:
             raise GemtoolError(f"{name}: has more than {_LARGEST_ENCODED >> 20} MiB, for an image")
