@@ -213,7 +213,7 @@ def test_a_second_writer_is_kept_out(gemtool, tmp_path):
 START = """
 import signal
 signal.signal(signal.SIGINT, signal.default_int_handler)
-from gemtool.cli import main
+from gemtool.__main__ import main
 main()
 """
 

@@ -47,15 +47,19 @@ def test_says_so_and_leaves_nothing(number: signal.Signals, tmp_path: Path) -> N
 
 
 def test_nohup_is_respected(tmp_path: Path) -> None:
-    process = start(tmp_path, "tokenize", "-o", "out.spans", preexec_fn=ignore_hangup)
-    time.sleep(1)
+    command = [sys.executable, "-m", "gemtool", "tokenize", "-o", "out.spans"]
+    process = subprocess.Popen(
+        ["sh", "-c", "trap '' HUP; exec \"$@\"", "sh", *command],
+        stdin=subprocess.PIPE,
+        cwd=tmp_path,
+        env=command_environment(),
+    )
+    deadline = time.monotonic() + 30
+    while not list(tmp_path.glob(".out.spans.*")) and time.monotonic() < deadline:
+        time.sleep(0.05)
     process.send_signal(signal.SIGHUP)
     process.communicate(b"text", timeout=30)
     assert process.returncode == 0
-
-
-def ignore_hangup() -> None:
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
 
 def at_some_moment(cwd: Path, number: signal.Signals, delay: float, *arguments: str) -> None:

@@ -663,7 +663,7 @@ def test_for_adopts_a_checkpoint(gemtool: Command, tmp_path: Path, media: Path) 
 def test_nothing_of_the_model_is_loaded(tmp_path: Path, media: Path) -> None:
     script = (
         "import sys; sys.argv = ['gemtool', 'tokenize', '-o', 'out', *sys.argv[1:]]\n"
-        "from gemtool.cli import main\n"
+        "from gemtool.__main__ import main\n"
         "try: main()\n"
         "except SystemExit as end: assert not end.code, end.code\n"
         "assert not {'jax', 'grain', 'orbax', 'matplotlib'} & set(sys.modules)\n"

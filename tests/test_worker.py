@@ -336,7 +336,7 @@ def test_a_folder_of_modules_is_not_trusted(gemtool: Command, tmp_path: Path) ->
     photo(tmp_path / "a.png", 1)
     for name in ("numpy", "PIL", "av", "gemtool"):
         (tmp_path / f"{name}.py").write_text("raise SystemExit('taken over')\n")
-    script = "import sys; sys.path.remove(''); from gemtool.cli import main; main()"
+    script = "import sys; sys.path.remove(''); from gemtool.__main__ import main; main()"
     command = [sys.executable, "-c", script, "tokenize", "a.png", "-o", "out"]
     done = subprocess.run(
         command, cwd=tmp_path, env=command_environment(), capture_output=True, check=False

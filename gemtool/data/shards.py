@@ -27,6 +27,7 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 
 from gemtool.errors import CorruptInput, GemtoolError, UsageError, reason
+from gemtool.signals import removed_on_signal
 from gemtool.stream.checked import batch_crc32
 from gemtool.stream.files import LOCK, atomic_file, atomic_write, locked, sync_folder
 from gemtool.stream.folders import output_folder
@@ -122,6 +123,7 @@ def _claim(folder: Path, force: bool) -> Iterator[None]:
             if names and MANIFEST not in names and not all(map(_OURS.fullmatch, names - {LOCK})):
                 raise UsageError(f"{folder}: holds other files; name a new or an empty folder")
             stack.enter_context(locked(folder))
+            stack.enter_context(removed_on_signal(lambda: _clean_unfinished(folder)))
         except OSError as problem:
             raise GemtoolError(f"{folder}: cannot be written: {reason(problem)}") from None
         if (folder / MANIFEST).exists() and not force:  # finished by another one just now
@@ -135,6 +137,11 @@ def _claim(folder: Path, force: bool) -> Iterator[None]:
         except BaseException:
             _clean(folder)
             raise
+
+
+def _clean_unfinished(folder: Path) -> None:
+    if not (folder / MANIFEST).exists():
+        _clean(folder)
 
 
 def _clean(folder: Path) -> None:
