@@ -132,27 +132,27 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, name: str = LOCK) -> Iterator[None]:
     """Keeps other processes that ask for the same lock out of an existing folder.
 
     Raises:
         GemtoolError: another process holds the lock.
     """
-    descriptor = _lock(folder)
+    descriptor = _lock(folder, name)
     try:
         yield
     finally:
-        (folder / LOCK).unlink(missing_ok=True)
+        (folder / name).unlink(missing_ok=True)
         os.close(descriptor)
 
 
-def _lock(folder: Path) -> int:
+def _lock(folder: Path, name: str) -> int:
     while True:
-        descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+        descriptor = os.open(folder / name, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # The holder before us removes the file as it leaves: what we locked may be gone.
-            if os.path.samestat(os.fstat(descriptor), (folder / LOCK).stat()):
+            if os.path.samestat(os.fstat(descriptor), (folder / name).stat()):
                 return descriptor
         except BlockingIOError:
             os.close(descriptor)

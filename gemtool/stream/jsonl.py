@@ -18,16 +18,8 @@ import numpy as np
 from gemtool import log
 from gemtool.errors import CorruptInput, did_you_mean
 from gemtool.stream.checked import Source, check_kind
-from gemtool.stream.spans import (
-    KINDS,
-    PAYLOAD_DTYPES,
-    SPAN_SCHEMA,
-    VERSION,
-    Counts,
-    Header,
-    Span,
-    require_same,
-)
+from gemtool.stream.header import VERSION, Header, require_same
+from gemtool.stream.spans import KINDS, PAYLOAD_DTYPES, SPAN_SCHEMA, Counts, Span
 
 _COLUMNS = SPAN_SCHEMA.names
 _BITS = {"span": 31, "start": 63, "seq": 63, "offset": 63, "segment": 31}

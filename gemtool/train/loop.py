@@ -29,7 +29,7 @@ from gemtool.errors import GemtoolError, UsageError, did_you_mean
 from gemtool.model.config import PRESETS, ModelConfig, load_preset
 from gemtool.model.params import Tree, count_params
 from gemtool.runtime import setup_jax
-from gemtool.stream.spans import provenance
+from gemtool.stream.header import provenance
 from gemtool.train.loader import Loader, evaluation_batches, open_data, require_match
 from gemtool.train.optimizer import Schedule, default_peak, default_warmup, make_optimizer
 from gemtool.train.state import RunFolder, open_run
