@@ -48,7 +48,7 @@ class PixelFormat:
     def encode(self, span: Span) -> Stored | None:
         """The payload of a span as it is stored: a picture if it holds the pixels of one."""
         payload = span.payload
-        if self.name == "raw" or payload is None or not _is_picture(payload):
+        if self.name == "raw" or payload is None or not is_picture(payload):
             return stored_raw(span)
         from PIL import Image
 
@@ -81,7 +81,8 @@ def decode_pixels(raw: np.ndarray, dtype: str, shape: list[int]) -> np.ndarray |
         raise ValueError(f"a damaged {dtype} picture ({problem})") from None
 
 
-def _is_picture(payload: np.ndarray) -> bool:
+def is_picture(payload: np.ndarray) -> bool:
+    """Whether a payload is the patches of a square picture."""
     return (
         payload.dtype == np.uint8
         and payload.ndim == 4
