@@ -6,7 +6,8 @@
     card.json            what it was trained on, by which commands, with which metrics
     state/               of a training run: what `train --resume` needs (`gemtool.train.state`)
 
-The fingerprint covers configuration, vocabulary and weights. Files are replaced one by one and
+The fingerprint covers configuration, vocabulary and weights, and is compared whenever the weights
+are loaded. Files are replaced one by one and
 atomically, the weights last, which hold the fingerprint and the step. This module imports jax only
 where parameters are read as a tree.
 """
@@ -17,6 +18,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import struct
 import tomllib
 from collections.abc import Mapping
@@ -32,7 +34,7 @@ from gemtool.data.settings import MediaSettings
 from gemtool.data.vocab import Vocab
 from gemtool.errors import CorruptInput, GemtoolError
 from gemtool.model.config import ModelConfig
-from gemtool.stream.files import FILE_MODE, atomic_write, sync_folder
+from gemtool.stream.files import atomic_write, sync_folder
 
 VERSION = 1
 CONFIG = "config.toml"
@@ -70,10 +72,11 @@ class Checkpoint:
         return dict(self._tensors)
 
     def load_params(self) -> dict[str, Any]:
-        """The parameters as the nested dict that the model takes, memory-mapped (numpy).
+        """The parameters as the nested dict that the model takes, memory-mapped (numpy), verified.
 
         Raises:
-            CorruptInput: they are not those of the architecture in config.toml.
+            CorruptInput: they are not those of the architecture in config.toml, or the checkpoint
+                is damaged.
         """
         from gemtool.model.params import abstract_params, flatten, unflatten
 
@@ -89,6 +92,7 @@ class Checkpoint:
                     f"{self.path / WEIGHTS}: parameter {path!r} is {shapes[0]}; "
                     f"{self.path / CONFIG} describes {shapes[1]}"
                 )
+        self.verify()
         return unflatten(found)
 
     def verify(self) -> None:
@@ -101,8 +105,8 @@ class Checkpoint:
         found = fingerprint_of(text, self.vocab.fingerprint, self._tensors)
         if found != self.fingerprint:
             raise CorruptInput(
-                f"{self.path}: damaged: configuration, vocabulary and weights have fingerprint "
-                f"{found}, saved was {self.fingerprint}"
+                f"{self.path}: damaged or edited: configuration, vocabulary and weights have "
+                f"fingerprint {found}, saved was {self.fingerprint}; copy the checkpoint again"
             )
 
 
@@ -286,17 +290,21 @@ def write_checkpoint(
     }
     _replace(folder / CONFIG, text.encode())
     _replace(folder / VOCAB, vocab.model)
-    atomic_write(folder / CARD, (json.dumps(card, indent=1, ensure_ascii=False) + "\n").encode())
+    encoded = json.dumps(card, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    atomic_write(folder / CARD, encoded.encode())
     metadata = {_METADATA: json.dumps({"fingerprint": fingerprint, "step": step})}
     temporary = folder / f".{WEIGHTS}.{os.getpid()}"
     try:
         save_file(tensors, temporary, metadata)
-        temporary.chmod(FILE_MODE)  # safetensors makes files private
+        # safetensors makes files private.
+        temporary.chmod((folder / CARD).stat().st_mode & 0o777)
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
         temporary.replace(folder / WEIGHTS)
     except SafetensorError as problem:  # a full disk, for one
-        raise GemtoolError(f"{folder / WEIGHTS}: cannot be written: {problem}") from None
+        code = re.search(r"os error (\d+)", str(problem))
+        cause = os.strerror(int(code[1])).lower() if code else str(problem)
+        raise GemtoolError(f"{folder / WEIGHTS}: cannot be written: {cause}") from None
     finally:
         temporary.unlink(missing_ok=True)
     sync_folder(folder)

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import importlib
 import io
-import os
-import signal
 import sys
-from types import FrameType
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from gemtool import __version__
+from gemtool.cmd.exits import close_stdout, exit_codes
+from gemtool.errors import NoInput
+from gemtool.stream.files import guard_standard_streams
 
 # Verb -> the line that `gemtool --help` shows. The function is gemtool.cmd.VERB.VERB.
 VERBS = {
@@ -53,20 +53,37 @@ class VerbGroup(TyperGroup):
             formatter.write_dl(list(VERBS.items()))
 
 
+class VerbCommand(TyperCommand):
+    """A verb whose help names its arguments plainly, as the manual does."""
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        return [piece.strip("{}") for piece in super().collect_usage_pieces(ctx)]
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        arguments: list[Any] = [p for p in self.params if p.param_type_name == "argument"]
+        options = [p.get_help_record(ctx) for p in self.get_params(ctx) if p not in arguments]
+        if arguments:
+            with formatter.section("Arguments"):
+                formatter.write_dl([(str(p.metavar), p.help or "") for p in arguments])
+        with formatter.section("Options"):
+            formatter.write_dl([record for record in options if record])
+
+
 def build_command(verb: str) -> Any:
     """Imports a verb and returns its command."""
     module = importlib.import_module(f"gemtool.cmd.{verb}")
     single = typer.Typer(add_completion=False, rich_markup_mode=None)
-    single.command(verb, context_settings={"help_option_names": ["-h", "--help"]})(
+    single.command(verb, cls=VerbCommand, context_settings={"help_option_names": ["-h", "--help"]})(
         getattr(module, verb)
     )
-    return without_variables(typer.main.get_command(single))
+    return prepared(typer.main.get_command(single))
 
 
-def without_variables(command: Any) -> Any:
-    """GEMTOOL_VERB_OPTION sets any option: said once in the manual, not at each option."""
+def prepared(command: Any) -> Any:
+    """A command whose options can be set by GEMTOOL_VERB_OPTION, as the manual says once."""
     for parameter in command.params:
         parameter.show_envvar = False
+        parameter.envvar_list_splitter = "\n"  # a stop text may hold spaces
     return command
 
 
@@ -85,7 +102,7 @@ app = typer.Typer(
     cls=VerbGroup,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    no_args_is_help=True,
+    invoke_without_command=True,
     context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "GEMTOOL"},
     epilog="`gemtool VERB --help` shows a verb's options, `gemtool help VERB` its manual.",
 )
@@ -93,6 +110,7 @@ app = typer.Typer(
 
 @app.callback()
 def gemtool(
+    ctx: typer.Context,
     verbose: Annotated[
         bool,
         typer.Option("-v", is_eager=True, help="With --version: libraries, devices and codecs."),
@@ -103,23 +121,22 @@ def gemtool(
     ] = False,
 ) -> None:
     """Long multimodal contexts as files: tokenize, pack, shard, train, prefill, decode, probe."""
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # a second one skips the clean-up
-    print("\ngemtool: interrupted, cleaning up (again to skip that)", file=sys.stderr, flush=True)
-    raise KeyboardInterrupt
-
-
-def _terminate(number: int, frame: FrameType | None) -> None:
-    raise SystemExit(128 + number)  # unwinds, so that temporary files are removed
+    if ctx.invoked_subcommand is None:
+        with exit_codes(ctx):
+            raise NoInput("no verb; name one of those above")
 
 
 def main() -> None:
-    """Entry point of the `gemtool` command."""
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, _interrupt)
-    signal.signal(signal.SIGTERM, _terminate)
+    """Runs the command line and ends the process with its exit code."""
+    guard_standard_streams()
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(encoding="utf-8")  # data is, whatever the locale
-    without_variables(typer.main.get_command(app))(prog_name="gemtool")
+        # Data is UTF-8, whatever the locale; names of files may be anything.
+        sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
+    command = prepared(typer.main.get_command(app))
+    try:
+        with exit_codes():
+            code = command(prog_name="gemtool", standalone_mode=False)
+            close_stdout()
+    except typer.Exit as end:
+        code = end.exit_code
+    sys.exit(code)

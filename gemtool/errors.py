@@ -33,6 +33,11 @@ def reason(problem: OSError) -> str:
     return (problem.strerror or str(problem)).lower()
 
 
+def counted(number: int, what: str) -> str:
+    """A number of things in a message: "1 file", "2,000 files"."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """`"; did you mean 'length'?"` when one of `known` is close to `word`, else an empty string."""
     close = difflib.get_close_matches(word, list(known), n=1)

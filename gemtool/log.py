@@ -14,6 +14,9 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
+_ERASE_BAR = "\r\x1b[2K\x1b[?25h"
+"""Clears the line and shows the cursor, which a progress bar hides."""
+
 _LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40}
 
 
@@ -23,6 +26,7 @@ class _Settings:
     as_json: bool = False
     color: bool = False
     progress: bool = True
+    bar: bool = False  # whether one is on the terminal now
 
 
 _settings = _Settings()
@@ -46,17 +50,20 @@ def configure(
 def _emit(level: str, message: str, fields: dict[str, Any]) -> None:
     if _LEVELS[level] < _settings.threshold:
         return
+    with contextlib.suppress(OSError):  # a closed stderr must not change the outcome of the work
+        print(_line(level, message, fields), file=sys.stderr, flush=True)
+
+
+def _line(level: str, message: str, fields: dict[str, Any]) -> str:
     if _settings.as_json:
         record = {"time": round(time.time(), 3), "level": level, "message": message, **fields}
-        line = json.dumps(record, ensure_ascii=False, default=str)
-    else:
-        tail = "".join(f" {key}={value}" for key, value in fields.items())
-        prefix = "" if level == "info" else f"{level}: "
-        line = f"gemtool: {prefix}{message}{tail}"
-        if _settings.color and level in ("warning", "error"):
-            line = f"\x1b[{31 if level == 'error' else 33}m{line}\x1b[0m"
-    with contextlib.suppress(OSError):  # a closed stderr must not change the outcome of the work
-        print(line, file=sys.stderr, flush=True)
+        return json.dumps(record, ensure_ascii=False, default=str)
+    tail = "".join(f" {key}={value}" for key, value in fields.items())
+    prefix = "" if level == "info" else f"{level}: "
+    line = f"gemtool: {prefix}{message}{tail}"
+    if _settings.color and level in ("warning", "error"):
+        line = f"\x1b[{31 if level == 'error' else 33}m{line}\x1b[0m"
+    return line
 
 
 def debug(message: str, **fields: Any) -> None:
@@ -73,6 +80,17 @@ def warning(message: str, **fields: Any) -> None:
 
 def error(message: str, **fields: Any) -> None:
     _emit("error", message, fields)
+
+
+def last_words(message: str) -> None:
+    """Says why the process is about to end. Safe in a signal handler, whatever is being printed."""
+    line = _line("info", message, {}) + "\n"
+    if _settings.bar:
+        line = _ERASE_BAR + line
+    elif os.isatty(2) and not _settings.as_json:
+        line = "\n" + line  # behind the ^C
+    with contextlib.suppress(OSError):
+        os.write(2, line.encode(errors="backslashreplace"))
 
 
 def _human(seconds: float) -> str:
@@ -111,7 +129,9 @@ class progress:  # noqa: N801 (used as a function: `with progress(...) as bar`)
                 TimeRemainingColumn,
             )
 
-            console = Console(stderr=True, no_color=not _settings.color)
+            # Rows that a verb prints meanwhile go above the bar, at any width, if both share the
+            # terminal; otherwise stdout is none of its business.
+            console = Console(stderr=True, no_color=not _settings.color, soft_wrap=True)
             self._rich = Progress(
                 SpinnerColumn(),
                 TextColumn("{task.description}", markup=False),
@@ -121,9 +141,11 @@ class progress:  # noqa: N801 (used as a function: `with progress(...) as bar`)
                 TimeRemainingColumn(),
                 console=console,
                 transient=True,
+                redirect_stdout=sys.stdout.isatty(),
             )
             self._task = self._rich.add_task(self.what, total=self.total, note="")
             self._rich.start()
+            _settings.bar = True
         return self
 
     def update(self, amount: float = 1, note: str = "") -> None:
@@ -153,3 +175,4 @@ class progress:  # noqa: N801 (used as a function: `with progress(...) as bar`)
     ) -> None:
         if self._rich is not None:
             self._rich.stop()
+            _settings.bar = False

@@ -20,9 +20,11 @@ def setup_jax() -> None:
 
     jax.config.update("jax_numpy_dtype_promotion", "strict")
     jax.config.update("jax_numpy_rank_promotion", "raise")
-    # JAX and orbax tell through logging what is of no use to the user of a command.
-    for name in ("jax", "absl"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    # JAX and orbax tell through logging what is of no use to the user of a command. What fails in
+    # orbax is raised too, and then said once.
+    logging.getLogger("jax").setLevel(logging.ERROR)
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     folder = cache_folder()
     if folder is None:
         return
@@ -34,6 +36,17 @@ def setup_jax() -> None:
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+
+def memory_size() -> int | None:
+    """Bytes of memory of the device that computes, all of it; None where that is not told."""
+    import jax
+
+    device = jax.devices()[0]
+    if device.platform == "cpu":
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    stats = device.memory_stats()
+    return None if stats is None else stats.get("bytes_limit")
 
 
 def cache_folder() -> Path | None:

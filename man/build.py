@@ -18,7 +18,7 @@ sys.path.insert(0, str(HERE.parent))
 os.environ["TERM"] = "dumb"
 
 from gemtool import __version__  # noqa: E402
-from gemtool.cli import VERBS, app, build_command, without_variables  # noqa: E402
+from gemtool.cli import VERBS, app, build_command, prepared  # noqa: E402
 
 EXIT_STATUS = """\
 .TP
@@ -46,7 +46,9 @@ ENVIRONMENT = """\
 .TP
 .BI GEMTOOL_ VERB _ OPTION
 The default of an option, in capitals with underscores:
-.BR GEMTOOL_TRAIN_STEPS=500 .
+.BR GEMTOOL_TRAIN_STEPS=500 ;
+of one that may be repeated, a value a line.
+An unknown option is an error.
 The command line goes before the environment, and that before
 .BR \\-\\-config .
 .TP
@@ -132,7 +134,7 @@ def build() -> dict[Path, str]:
         if verb in VERBS:
             command = build_command(verb)
         elif name == "gemtool.1":
-            command = without_variables(typer.main.get_command(app))
+            command = prepared(typer.main.get_command(app))
         text = source.read_text()
         fill = {
             "@VERSION@": __version__,

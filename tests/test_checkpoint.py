@@ -107,8 +107,9 @@ def test_a_changed_byte_is_found(saved):
     content = bytearray(weights.read_bytes())
     content[-5] ^= 1
     weights.write_bytes(content)
-    with pytest.raises(CorruptInput, match="damaged"):
-        open_checkpoint(saved.path).verify()
+    for use in (Checkpoint.verify, Checkpoint.load_params):
+        with pytest.raises(CorruptInput, match="damaged"):
+            use(open_checkpoint(saved.path))
 
 
 @pytest.mark.parametrize("name", [CONFIG, VOCAB, WEIGHTS])

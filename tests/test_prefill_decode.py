@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -222,6 +223,18 @@ def test_a_context_is_as_before_after_it_was_asked(engine: Engine) -> None:
     assert np.array_equal(context.logits, before)
     again = [s.token for s in engine.generate(context, text_tokens(9, 1), max_tokens=8)]
     assert first == again
+
+
+def test_a_chunk_longer_than_the_document_costs_nothing(
+    checkpoint: Checkpoint, engine: Engine
+) -> None:
+    long, tokens = Engine(checkpoint, 100_000), text_tokens(100)
+    assert [long.tile_size(n) for n in (1, 512, 513, 65_536, 99_999)] == [
+        512, 512, 1024, 65_536, 100_000
+    ]  # fmt: skip
+    assert long.bytes_for(100) == engine.bytes_for(100)
+    context = long.prefill(tokens)
+    np.testing.assert_allclose(context.logits, engine.prefill(tokens).logits, atol=3e-3)
 
 
 def test_buffers_grow(engine: Engine) -> None:
@@ -493,7 +506,7 @@ def test_command_refusals(
     high = spans_file(tmp_path / "s", [document], vocab.fingerprint, MediaSettings())
     refused(1, "its image_tokens is 258, the checkpoint's 66", "prefill", high, *ckpt)
     packed = spans_file(tmp_path / "p", [document], vocab.fingerprint, packed={"length": 64})
-    refused(1, "packed (length 64)", "prefill", packed, *ckpt)
+    refused(3, "packed (length 64)", "prefill", packed, *ckpt)
     refused(3, "near byte", "prefill", *ckpt, "-o", "x", input=two.read_bytes()[:-500])
     assert not (tmp_path / "x").exists()
 
@@ -503,9 +516,35 @@ def test_command_refusals(
     refused(3, "near byte", *ask, "-", "--prompt", "x", input=data[:-500])
     refused(2, "standard input holds the context", *ask, "-", input=data)
     refused(2, "exclude each other", *ask, "b.ctx", "--prompt", "x", "--prompt-file", "y")
+    refused(2, "--prompt is empty", *ask, "b.ctx", "--prompt", "")
+    refused(2, "--prompt is empty", "decode", *ckpt, "--raw", "--prompt", "")
+    refused(3, "<stdin>: empty; expected a question", *ask, "b.ctx", input=b"\n")
+    refused(2, "leave out -o", "prefill", two, *ckpt, "--dry-run", "-o", "x")
+    lines = '{"prompt": "Who?"}\n{"prompt": "Why?", "doc": "c"}\n'
+    (tmp_path / "p.jsonl").write_text(lines)  # nothing is answered before the mistake is told
+    refused(1, "no context of document 'c'", *ask, "b.ctx", "--prompts", "p.jsonl")
+    refused(1, "no --cache", "decode", *ckpt, "--prompts", "p.jsonl")
+    (tmp_path / "p.jsonl").write_text(lines + "{")
+    refused(3, "p.jsonl: line 3, column 2: not JSON", *ask, "b.ctx", "--prompts", "p.jsonl")
+    going_on = gemtool(*ask, "b.ctx", "--raw", "--prompt", "", "--max-tokens", 2, env=compiled)
+    assert rows(going_on)[0]["usage"]["prompt"] == 0
     refused(2, "--logprobs needs", *ask, "b.ctx", "--prompt", "x", "--logprobs", 1,
             "--format", "text")  # fmt: skip
     refused(2, "top-p is 0", *ask, "b.ctx", "--prompt", "x", "--top-p", 0)
+    (tmp_path / "film.mp4").write_bytes(b"\0\0\0 ftypisom")
+    for reader in (("pack", "--length", 9), ("shard", "-o", "x"), ("prefill", *ckpt)):
+        refused(3, "b.ctx: a context where a span stream is needed; make one with `gemtool tokenize`",
+                *reader, "b.ctx")  # fmt: skip
+        refused(3, "film.mp4: not a span stream", *reader, "film.mp4")
+    for file in (two, "film.mp4"):
+        refused(3, "make one with `gemtool prefill`", *ask, file, "--prompt", "x")
+    shutil.copytree(folder, tmp_path / "altered")
+    weights = bytearray((folder / "weights.safetensors").read_bytes())
+    weights[-7] ^= 1
+    (tmp_path / "altered" / "weights.safetensors").write_bytes(weights)
+    altered = ("--ckpt", "altered")
+    refused(3, "altered: damaged", "decode", *altered, "--prompt", "x")
+    refused(3, "altered: damaged", "prefill", two, *altered)
     make_engine(tmp_path / "run2", engine.config, vocab, 64, seed=9)
     refused(1, "its model is", "decode", "--ckpt", "run2", "--cache", "b.ctx", "--prompt", "x")
 
@@ -535,7 +574,9 @@ def test_prompts_are_read_line_by_line() -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", "line 1"),
+        ("{", "line 1, column 2: not JSON: .*; expected an object"),
+        ('{"prompt": "a",}', "line 1, column 16: not JSON"),
+        ('{"prompt": ""}', "line 1: 'prompt' is empty; expected a question"),
         ("[]", "not a JSON object"),
         ("{}", "no field 'prompt'"),
         ('{"prompt": 3}', "'prompt' is 3; expected str"),

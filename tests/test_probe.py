@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -84,7 +86,7 @@ def test_a_short_haystack_is_repeated(vocab: Vocab) -> None:
 
 
 def test_impossible_cases_are_refused(vocab: Vocab, haystack: str) -> None:
-    with pytest.raises(GemtoolError, match="no room"):
+    with pytest.raises(UsageError, match=r"no room .* the shortest here is [0-9]+"):
         list(cases(vocab, haystack, lengths=[30], depths=1, repetitions=1, seed=0))
     with pytest.raises(GemtoolError, match="haystack"):
         list(cases(vocab, "short.", lengths=[500], depths=1, repetitions=1, seed=0))
@@ -99,7 +101,7 @@ def test_score(vocab: Vocab, haystack: str) -> None:
 
 def test_parse_lengths() -> None:
     assert parse_lengths("1k,256k, 10M,5000,1.5k") == [1000, 256_000, 10_000_000, 5000, 1500]
-    for bad in ("", "k", "1k,,2k", "1g", "ten"):
+    for bad in ("", "k", "1k,,2k", "1g", "ten", "-1k", "0", "1k,1000", "nan"):
         with pytest.raises(UsageError, match="--lengths"):
             parse_lengths(bad)
 
@@ -188,6 +190,75 @@ def test_killed_and_resumed(gemtool: Command, checkpoint: Path, tmp_path: Path) 
     before = (tmp_path / "rows.jsonl").stat().st_mtime_ns
     gemtool(*arguments, "--resume")
     assert (tmp_path / "rows.jsonl").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("summary", [(), ("--summary",)])
+def test_a_finished_file_must_be_of_the_same_run(
+    gemtool: Command, checkpoint: Path, tmp_path: Path, summary: tuple[str, ...]
+) -> None:
+    """Or the rows of another model, grid or text would pass as the answer."""
+    (tmp_path / "hay.txt").write_text("Another sentence stands here. And there. " * 40)
+    probe = ("probe", "needle", "--ckpt", checkpoint, "-o", "rows.jsonl", *summary)
+    gemtool(*probe, *GRID)
+    made = (tmp_path / "rows.jsonl").read_bytes()
+    assert b"complete already" in gemtool(*probe, *GRID, "--resume").stderr
+    other = tmp_path / "other"
+    shutil.copytree(checkpoint, other)
+    weights = bytearray((other / "weights.safetensors").read_bytes())
+    at = weights.index(b'fingerprint\\": \\"') + len(b'fingerprint\\": \\"')
+    weights[at : at + 4] = b"beef"
+    (other / "weights.safetensors").write_bytes(weights)
+    for change, message in (
+        (("--seed", "1"), "seed"),
+        (("--ckpt", other), "model"),
+        (("--no-prefix",), "prefix"),
+        (("--haystack", "hay.txt"), "haystack"),
+        (("--lengths", "200"), "length 300"),
+        (("--lengths", "200,250,300"), "length 250"),
+        (("--depths", "3"), "depth 0.5" if summary else "answer"),
+        (("--cases", "3"), "cases 3" if summary else "case 2"),
+        (() if summary else ("--summary",), "a row a"),
+    ):
+        arguments = [*probe, *GRID, "--resume", *change]
+        if not change:
+            arguments.remove("--summary")
+        done = gemtool(*arguments, check=False)
+        assert done.returncode == 1, (change, done.stderr)
+        assert message in done.stderr.decode(), done.stderr
+        assert b"-f" in done.stderr
+    assert (tmp_path / "rows.jsonl").read_bytes() == made
+
+    # The picture that an interrupted run still owes.
+    gemtool(*probe, *GRID, "--resume", "--plot", "grid.png")
+    assert (tmp_path / "grid.png").exists()
+
+
+def test_two_probes_do_not_share_a_file(gemtool: Command, checkpoint: Path, tmp_path: Path) -> None:
+    with (tmp_path / "rows.jsonl.partial").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        held.write("theirs")
+        held.flush()
+        for more in ((), ("--resume",)):
+            arguments = ("--ckpt", checkpoint, *GRID, "-o", "rows.jsonl", *more)
+            done = gemtool("probe", "needle", *arguments, check=False)
+            assert done.returncode == 1
+            assert b"another process is writing it" in done.stderr
+        assert (tmp_path / "rows.jsonl.partial").read_text() == "theirs"
+
+
+def test_impossible_outputs_and_lengths_are_refused_at_once(
+    gemtool: Command, checkpoint: Path, tmp_path: Path
+) -> None:
+    for arguments, code, message in (
+        (("--plot", "no/such/grid.png"), 1, "no/such/grid.png: cannot be written: no folder"),
+        (("-o", "no/such/rows.jsonl"), 1, "no/such/rows.jsonl: cannot be written: no folder"),
+        (("--lengths", "5"), 2, "no room"),
+        (("--lengths", "1000000M"), 2, "GB with this model, the device has"),
+    ):
+        done = gemtool("probe", "needle", "--ckpt", checkpoint, *GRID, *arguments, check=False)
+        assert (done.returncode, done.stdout) == (code, b""), done.stderr
+        assert message in done.stderr.decode()
+        assert list(tmp_path.iterdir()) == []
 
 
 def test_resuming_another_run_is_refused(

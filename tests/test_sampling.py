@@ -140,3 +140,18 @@ def test_stopping_does_not_depend_on_the_tokens(text: str, stop: str, size: int)
     out = "".join([stream.push(piece) for piece in pieces] + [stream.finish()])
     assert out == text.split(stop)[0]
     assert stream.stopped == (stop in text)
+
+
+@pytest.mark.parametrize("temperature", [5e-324, 1e-40, 1e-9])
+def test_a_tiny_temperature_is_greedy(temperature):
+    logits = np.array([1.0, 1e30, -3e38, 9e29], np.float32)
+    ids, probabilities = distribution(logits, Sampling(temperature=temperature))
+    assert (ids[0], probabilities[0]) == (1, 1.0)
+    assert sample(logits, Sampling(temperature=temperature), (0, 0, 0)) == 1
+
+
+@pytest.mark.parametrize("temperature", [1e12, 1e40, 1e308])
+def test_a_huge_temperature_is_uniform(temperature):
+    logits = np.array([1.0, 5.0, -300.0, 2.0], np.float32)
+    _, probabilities = distribution(logits, Sampling(temperature=temperature))
+    np.testing.assert_allclose(probabilities, 0.25, rtol=1e-6)

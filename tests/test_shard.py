@@ -138,7 +138,7 @@ def test_pack_and_shard_in_a_pipe(gemtool, tmp_path):
 def test_unpacked_input_is_refused(gemtool, tmp_path):
     span = Span("a", 0, "text", np.ones(3, np.int32))
     done = gemtool("shard", "-o", "s", input=stream([span], Header()), check=False)
-    assert done.returncode == 1
+    assert done.returncode == 3
     assert b"gemtool pack" in done.stderr
     done = gemtool("shard", "-o", "s", input=stream([span]), check=False)  # claims to be packed
     assert done.returncode == 3
@@ -159,13 +159,23 @@ def test_sequences_with_gaps_are_refused(tmp_path, offset, segment):
 
 
 def test_other_peoples_folders_are_left_alone(gemtool, tmp_path):
-    theirs = tmp_path / "s" / "part-00000.arrow"
-    theirs.parent.mkdir()
-    theirs.write_bytes(b"precious")
+    (tmp_path / "s").mkdir()
+    for name in ("part-00000.arrow", "thesis.tex"):
+        (tmp_path / "s" / name).write_bytes(b"precious")
     for arguments in ([], ["-f"]):
         done = gemtool("shard", "-o", "s", *arguments, input=stream([]), check=False)
         assert done.returncode == 2
-        assert theirs.read_bytes() == b"precious"
+        assert (tmp_path / "s" / "part-00000.arrow").read_bytes() == b"precious"
+
+
+def test_parts_without_a_manifest_are_unfinished_and_started_afresh(gemtool, tmp_path):
+    """With or without the lock of the process that was killed."""
+    (tmp_path / "s").mkdir()
+    for name in ("part-00000.arrow", "part-00007.arrow"):
+        (tmp_path / "s" / name).write_bytes(b"half")
+    gemtool("shard", "-o", "s", input=stream(packed_spans(5)))
+    ShardFolder(tmp_path / "s").verify()
+    assert {p.name for p in (tmp_path / "s").iterdir()} == {"manifest.json", "part-00000.arrow"}
 
 
 def test_a_training_run_is_no_unfinished_shard_folder(gemtool, tmp_path):

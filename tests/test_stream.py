@@ -20,6 +20,7 @@ from gemtool.stream.spans import (
     create_spans,
     open_spans,
 )
+from tests.conftest import Command
 
 HEADER = Header(vocab={"fingerprint": "f" * 16, "size": 320}, settings={"image_tokens": 66})
 
@@ -157,7 +158,21 @@ def test_recover_keeps_what_was_whole(tmp_path: Path, capfd: pytest.CaptureFixtu
     kept = read(tmp_path / "cut", recover=True)
     assert 0 < len(kept) < len(spans)
     assert_same(kept, spans[: len(kept)])
-    assert "kept what was whole" in capfd.readouterr().err
+    said = capfd.readouterr().err
+    assert f"near byte {len(data) * 3 // 4:,}: " in said
+    assert f"kept the {len(kept):,} spans before it" in said
+
+    single = write(tmp_path / "s", some_spans(3))
+    (tmp_path / "cut").write_bytes(single[: len(single) * 3 // 4])
+    assert read(tmp_path / "cut", recover=True) == []
+    assert "nothing before it is whole (a batch" in capfd.readouterr().err
+
+
+def test_recovering_is_no_verification(gemtool: Command, tmp_path: Path) -> None:
+    (tmp_path / "s").write_bytes(write(tmp_path / "whole", some_spans(3))[:-9])
+    done = gemtool("view", "--verify", "--recover", "s", check=False)
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert gemtool("view", "--verify", "s", check=False).returncode == 3
 
 
 def test_readable_with_arrow_alone(tmp_path: Path) -> None:
@@ -209,7 +224,10 @@ def test_newer_version_and_other_streams_are_refused(tmp_path: Path) -> None:
 
     for header, message in (
         ({"stream": "spans", "version": 99}, "upgrade"),
-        ({"stream": "context", "version": 1}, "a context stream where a spans stream"),
+        (
+            {"stream": "context", "version": 1},
+            "a context where a span stream is needed; make one with `gemtool tok",
+        ),
     ):
         sink = io.BytesIO()
         CheckedWriter(sink, SPAN_SCHEMA, header).close({})

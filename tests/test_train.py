@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import shutil
 import signal
 import subprocess
@@ -230,13 +231,18 @@ def workshop(tmp_path_factory) -> Path:
     return folder
 
 
-def write_shards(path: Path, vocab: Vocab, lines: list[str], **settings: Any) -> None:
+def write_shards(
+    path: Path, vocab: Vocab, lines: list[str], weight: float = 1.0, **settings: Any
+) -> None:
     header = Header(
         vocab={"fingerprint": vocab.fingerprint, "size": vocab.size},
         settings=MediaSettings(**settings).to_dict(),
         packed={"length": LENGTH},
     )
-    spans = (Span(str(i), 0, "text", vocab.encode(line)) for i, line in enumerate(lines) if line)
+    spans = (
+        Span(str(i), 0, "text", tokens, loss=np.full(len(tokens), weight, np.float32))
+        for i, tokens in enumerate(map(vocab.encode, filter(None, lines)))
+    )
     with create_shards(path, header) as writer:
         for span in Packer(LENGTH).pack(spans):
             writer.append(span)
@@ -485,6 +491,45 @@ def test_a_loss_that_is_not_finite_ends_the_run(gemtool, workshop, tmp_path):
     assert open_checkpoint(tmp_path / "run").step == last["step"] - 1
 
 
+@pytest.mark.parametrize("blocks", [20, 60])
+def test_a_full_disk_is_one_line(workshop, tmp_path, blocks):
+    """For whatever cannot be written: a file of the checkpoint, or one of orbax in its threads."""
+    command = [sys.executable, "-m", "gemtool", *map(str, arguments(workshop, "run"))]
+    done = subprocess.run(
+        ["bash", "-c", f"ulimit -f {blocks}; exec {shlex.join([*command, '-q', '--steps', '1'])}"],
+        capture_output=True,
+        cwd=tmp_path,
+        env={**command_environment(), "GEMTOOL_CACHE": "off", "GEMTOOL_KERNELS": "reference"},
+    )
+    assert done.returncode == 1
+    (line,) = done.stderr.decode().splitlines()
+    assert line.startswith("gemtool: error: run/")
+    assert line.endswith("cannot be written: file too large")
+
+
+def test_batches_without_targets(gemtool, workshop, tmp_path):
+    """No number is invented for them, and the card stays strict JSON."""
+    write_shards(tmp_path / "mute", Vocab.load(workshop / "vocab.model"), ["a"] * 9, weight=0)
+    done = gemtool(
+        *("train", "--data", "mute", "--eval", "mute", "--model", workshop / "model.toml"),
+        *("--vocab", workshop / "vocab.model", "--steps", 1, "--ckpt", "run"),
+        env=environment(workshop),
+    )
+    (row,) = rows_of(done.stdout)
+    assert row["loss"] is row["eval_loss"] is None
+    assert row["reason"] == "loss: the batch has no target, eval_loss is nan"
+    card = (tmp_path / "run" / "card.json").read_text()
+    assert json.loads(card, parse_constant=pytest.fail)["metrics"] == row
+
+
+def test_a_run_that_does_not_begin_leaves_no_folder(gemtool, workshop, tmp_path):
+    more = ("--data", workshop / "shards", "--ckpt", "new/run")
+    done = gemtool("train", *more, env=environment(workshop), check=False)
+    assert done.returncode == 1
+    assert b"--vocab" in done.stderr, "not the vocabulary that ships"
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_init_starts_from_other_weights(gemtool, monkeypatch, workshop, whole, tmp_path):
     done = gemtool(
         *("train", "--data", workshop / "shards", "--init", whole[1], "--steps", 1),
@@ -509,6 +554,7 @@ def test_init_starts_from_other_weights(gemtool, monkeypatch, workshop, whole, t
         ({"model": "nanoo"}, "did you mean 'nano'", 2),
         ({"model": "{bad}"}, "did you mean 'd_ff'", 1),
         ({"batch": 3, "accumulate": 2}, "--accumulate", 2),
+        ({"batch": 10**9}, "--batch 1000000000: a step of so many sequences of 32 takes more", 2),
         ({"resume": True, "force": True}, "--resume", 2),
         ({"init": "nowhere"}, "--model", 2),
         ({"init": "nowhere", "model": None}, "nowhere", 1),

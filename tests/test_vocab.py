@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import random
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,7 @@ from hypothesis import strategies as st
 from gemtool.control import CONTROL_COUNT, CONTROL_TOKENS
 from gemtool.data.vocab import FIRST_BYTE, FIRST_TEXT, WHITESPACE, Vocab, train_vocab
 from gemtool.errors import CorruptInput, GemtoolError, UsageError
+from tests.conftest import command_environment
 
 VOCAB = Vocab.load()
 
@@ -202,3 +205,40 @@ def test_command_names_the_bad_line(gemtool, tmp_path: Path) -> None:
     assert done.returncode == 3
     assert b"in.jsonl: line 2: expected a JSON object" in done.stderr
     assert not (tmp_path / "x.model").exists()
+
+
+def test_sizes_that_the_text_does_not_allow(gemtool, tmp_path: Path) -> None:
+    """The message says which size would do, and that size does."""
+    (tmp_path / "in.txt").write_text("Grüße aus Köln, ein Ж und ein 語 von vielen Zeichen.\n" * 3)
+    for size, code, words in ((2000, 1, "too little text"), (326, 2, "too small for the letters")):
+        done = gemtool("vocab", "in.txt", "--size", size, "-o", "x.model", check=False)
+        said = done.stderr.decode()
+        assert (done.returncode, len(said.splitlines())) == (code, 1), said
+        assert words in said
+        possible = re.search(r"--size (\d+)(?: at most)?\n", said)
+        assert possible, said
+        gemtool("vocab", "in.txt", "--size", possible[1], "-f", "-o", "y.model")
+    done = gemtool("vocab", "in.txt", "--size", 10**12, "-o", "x.model", check=False)
+    assert done.returncode == 2
+    assert {path.name for path in tmp_path.iterdir()} == {"in.txt", "y.model"}
+
+
+def test_terminated_while_it_learns(tmp_path: Path) -> None:
+    """Native threads run on as the interpreter goes: that must not abort it."""
+    rng = random.Random(0)
+    words = ["".join(rng.choices("abcdefghijklmnop", k=rng.randint(2, 9))) for _ in range(40_000)]
+    lines = [" ".join(rng.choices(words, k=12)) for _ in range(90_000)]
+    (tmp_path / "in.txt").write_text("\n".join(lines))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "gemtool", "vocab", "in.txt", "--size", "4000", "-o", "x.model"],
+        stderr=subprocess.PIPE,
+        cwd=tmp_path,
+        env=command_environment(),
+    )
+    assert process.stderr is not None
+    assert b"learning from" in process.stderr.readline()
+    process.terminate()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert b"terminate" not in errors
+    assert [path.name for path in tmp_path.iterdir()] == ["in.txt"]

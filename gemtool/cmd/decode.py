@@ -7,12 +7,13 @@ import json
 import sys
 from collections.abc import Iterable, Iterator
 from enum import StrEnum
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, BinaryIO
 
 import typer
 
 from gemtool.cmd.options import Force, Output, Seed, common
-from gemtool.errors import GemtoolError, NoInput, UsageError
+from gemtool.errors import CorruptInput, NoInput, UsageError
 
 if TYPE_CHECKING:
     from gemtool.infer.decode import Request
@@ -108,6 +109,8 @@ def decode(
     if as_text and logprobs:
         raise UsageError("--logprobs needs --format jsonl")
     source = _source(prompt, prompt_file, prompts, cache)
+    if prompt == "" and not (raw and cache):
+        raise UsageError("--prompt is empty; give a question, or with --cache and --raw go on")
 
     from gemtool.infer.sampling import Sampling
     from gemtool.infer.text import Prompt
@@ -125,7 +128,7 @@ def decode(
     )
     setup_jax()
     with (
-        _requests(source, prompts, default) as requests,
+        _requests(source, prompts, default, cache is not None) as requests,
         open_output(output, force=force, binary=False) as sink,
     ):
         _answer(ckpt, cache, requests, sink, as_text)
@@ -159,12 +162,15 @@ def _source(
 
 @contextlib.contextmanager
 def _requests(
-    source: str | None, prompts: str | None, default: Prompt
+    source: str | None, prompts: str | None, default: Prompt, has_context: bool
 ) -> Iterator[Iterable[Request]]:
-    """The requests of the command line, a prompt's file, or JSONL."""
+    """The requests of the command line, a prompt's file, or JSONL.
+
+    Those of a regular file come as a list: a mistake in it shows before the first answer.
+    """
     from dataclasses import replace
 
-    from gemtool.infer.decode import Request, read_requests
+    from gemtool.infer.decode import Request, asks_nothing, read_requests
     from gemtool.stream.files import display_name, open_input
 
     if source is None:
@@ -172,16 +178,20 @@ def _requests(
         return
     with open_input(source) as file:
         if prompts is not None:
-            yield read_requests(file, display_name(source), default)
+            found = read_requests(file, display_name(source), default, has_context=has_context)
+            yield list(found) if Path(source).is_file() else found
             return
         try:
             text = file.read().decode()
         except UnicodeDecodeError as problem:
-            raise GemtoolError(
+            raise CorruptInput(
                 f"{display_name(source)}: not UTF-8 text, at byte {problem.start}"
             ) from None
         # An editor or echo ends the last line; the question does not.
-        yield [Request("0", replace(default, text=text.removesuffix("\n")))]
+        request = Request("0", replace(default, text=text.removesuffix("\n")))
+        if asks_nothing(request.prompt, has_context):
+            raise CorruptInput(f"{display_name(source)}: empty; expected a question")
+        yield [request]
 
 
 def _answer(

@@ -1,4 +1,4 @@
-"""gemtool help: the manual page of a verb, or its --help where no manual is installed."""
+"""gemtool help: the manual of a verb, of gemtool itself or of a format."""
 
 from __future__ import annotations
 
@@ -12,26 +12,54 @@ from typing import Annotated
 import typer
 
 from gemtool.cmd.options import common
-from gemtool.errors import UsageError, did_you_mean
+from gemtool.errors import GemtoolError, UsageError, did_you_mean
+
+FORMATS = ("stream", "context")
+"""Pages of section 5."""
+
+
+def topics() -> list[str]:
+    """What there is a manual of."""
+    from gemtool.cli import VERBS
+
+    return [*VERBS, "gemtool", *FORMATS]
 
 
 @common
 def help(  # noqa: A001 (the verb's name)
-    verb: Annotated[
-        str | None, typer.Argument(metavar="VERB", help="A verb; none is gemtool itself.")
-    ] = None,
+    topic: Annotated[
+        str,
+        typer.Argument(
+            metavar="TOPIC",
+            help=f"A verb, gemtool, or a format: {', '.join(FORMATS)}.",
+            autocompletion=topics,
+        ),
+    ] = "gemtool",
 ) -> None:
     """Show the manual of a verb."""
-    from gemtool.cli import VERBS
+    if topic not in topics():
+        raise UsageError(f"no verb or format {topic!r}{did_you_mean(topic, topics())}")
+    page = manual_page(topic)
+    if page is not None and shutil.which("man"):
+        arguments = ["man", str(page)]
+    elif topic in FORMATS:
+        where = "is not installed" if page is None else f"needs the command `man`: {page}"
+        raise GemtoolError(f"the manual of {topic} {where}")
+    else:
+        verb = [] if topic == "gemtool" else [topic]
+        arguments = [sys.executable, "-m", "gemtool", *verb, "--help"]
+    if sys.stdout.isatty():
+        os.execvp(arguments[0], arguments)
+    sys.stdout.buffer.write(subprocess.run(arguments, stdout=subprocess.PIPE, check=True).stdout)
 
-    if verb is not None and verb not in VERBS:
-        raise UsageError(f"no verb {verb!r}{did_you_mean(verb, VERBS)}")
-    page = "gemtool" if verb in (None, "help") else f"gemtool-{verb}"
-    installed = Path(sys.prefix) / "share" / "man" / "man1" / f"{page}.1"
-    if installed.exists() and shutil.which("man") and sys.stdout.isatty():
-        os.execvp("man", ["man", str(installed)])
-    arguments = [] if verb is None else [verb]
-    shown = subprocess.run(
-        [sys.executable, "-m", "gemtool", *arguments, "--help"], capture_output=True, check=True
-    )
-    sys.stdout.buffer.write(shown.stdout)
+
+def manual_page(topic: str) -> Path | None:
+    """Where a page is: installed, or in the checkout that gemtool runs from."""
+    section = "5" if topic in FORMATS else "1"
+    name = "gemtool" if topic in ("gemtool", "help") else f"gemtool-{topic}"
+    checkout = Path(__file__).parents[2]
+    for folder in (Path(sys.prefix) / "share" / "man", checkout / "man"):
+        page = folder / f"man{section}" / f"{name}.{section}"
+        if page.exists():
+            return page
+    return None

@@ -1,26 +1,24 @@
-"""Options that verbs share, declared once, and what surrounds a verb: logging, exit codes."""
+"""Options that verbs share, declared once, and the decorator that gives them to a verb."""
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import functools
 import importlib.metadata
 import inspect
 import os
 import re
-import sys
 import tomllib
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
 
 from gemtool import log
-from gemtool.errors import GemtoolError, NoInput, UsageError, did_you_mean, reason
+from gemtool.cmd.exits import close_stdout, exit_codes, fail
+from gemtool.errors import UsageError, did_you_mean, reason
 
 Inputs = Annotated[
     list[str] | None,
@@ -87,16 +85,17 @@ def _load_config(ctx: typer.Context, value: Path | None) -> Path | None:
     try:
         tables = tomllib.loads(value.read_text("utf-8"))
     except OSError as problem:
-        _fail(UsageError(f"{value}: cannot be read: {reason(problem)}"))
+        fail(UsageError(f"{value}: cannot be read: {reason(problem)}"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as problem:
-        _fail(UsageError(f"{value}: not TOML: {problem}"))
+        fail(UsageError(f"{value}: not TOML: {problem}"))
     from gemtool.cli import VERBS
 
     for name, table in tables.items():
         if name not in VERBS or not isinstance(table, dict):
-            _fail(
+            close = "" if name in VERBS else did_you_mean(name, VERBS)
+            fail(
                 UsageError(
-                    f"{value}: {name!r} is no table of a verb{did_you_mean(name, VERBS)}; "
+                    f"{value}: {name!r} is no table of a verb{close}; "
                     f"write options under a heading, as in [{ctx.info_name}]"
                 )
             )
@@ -109,16 +108,18 @@ def _load_config(ctx: typer.Context, value: Path | None) -> Path | None:
         for option in p.opts
         if option.startswith("--") and p.name in known
     }
+    repeatable = {p.name for p in ctx.command.params if getattr(p, "multiple", False)}
     defaults = {}
     for key, setting in tables.get(ctx.info_name or "", {}).items():
         parameter = spelled.get(key.replace("-", "_"))
         if parameter is None:
-            _fail(
+            fail(
                 UsageError(
                     f"{value}: [{ctx.info_name}] has no option {key!r}{did_you_mean(key, spelled)}"
                 )
             )
-        defaults[parameter] = setting
+        is_one = parameter in repeatable and not isinstance(setting, list)
+        defaults[parameter] = [setting] if is_one else setting
     ctx.default_map = {**(ctx.default_map or {}), **defaults}
     return value
 
@@ -175,7 +176,11 @@ def common(function: Callable[..., None]) -> Callable[..., None]:
             as_json=common_values["log_json"],
             color=not common_values["no_color"],
         )
-        with _exit_codes(ctx):
+        with exit_codes(ctx):
+            if common_values["quiet"] and common_values["verbose"]:
+                raise UsageError("-q and -v exclude each other")
+            require_known_variables(ctx)
+            require_sound_names(values)
             function(**values)
             close_stdout()
 
@@ -185,50 +190,36 @@ def common(function: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-def close_stdout() -> None:
-    """Flushes and closes stdout: a full disk may show only here."""
-    if sys.stdout is not None and not sys.stdout.closed:
-        sys.stdout.flush()
-        sys.stdout.close()
+def require_known_variables(ctx: typer.Context) -> None:
+    """Refuses a variable GEMTOOL_VERB_... that sets no option of the verb: it was mistyped."""
+    prefix = f"{ctx.auto_envvar_prefix}_"
+    known = [f"{prefix}{p.name.upper()}" for p in ctx.command.params if p.name]
+    for name in os.environ:
+        if name.startswith(prefix) and name not in known:
+            raise UsageError(
+                f"{name}: {ctx.info_name} has no such option{did_you_mean(name, known)}"
+            )
 
 
-@contextlib.contextmanager
-def _exit_codes(ctx: typer.Context) -> Iterator[None]:
-    """Failures become one line on stderr and the documented exit code."""
-    try:
-        yield
-    except NoInput as problem:
-        print(ctx.get_help(), file=sys.stderr)
-        _fail(problem)
-    except GemtoolError as problem:
-        _fail(problem)
-    except KeyboardInterrupt:
-        _abandon_stdout()
-        raise typer.Exit(130) from None
-    except BrokenPipeError:
-        _abandon_stdout()
-        raise typer.Exit(141) from None
-    except MemoryError:
-        _fail(GemtoolError("out of memory"))
-    except OSError as problem:
-        if problem.errno is None:
-            raise
-        where = problem.filename or ("<stdout>" if problem.errno == errno.ENOSPC else None)
-        _fail(GemtoolError(f"{where}: {reason(problem)}" if where else reason(problem)))
+_INPUTS = ("input", "inputs", "files_from", "cache", "prompts", "prompt_file")
 
 
-def _fail(problem: GemtoolError) -> NoReturn:
-    log.error(" ".join(str(problem).split()))
-    _abandon_stdout()
-    raise typer.Exit(problem.exit_code) from None
+def require_sound_names(values: Mapping[str, Any]) -> None:
+    """Refuses empty names, and an output that is an input: it would be lost.
 
-
-def _abandon_stdout() -> None:
-    """Whatever stdout still holds goes nowhere: no second failure when the interpreter ends."""
-    with contextlib.suppress(OSError, ValueError):
-        devnull = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(devnull, 1)
-        os.close(devnull)
+    Raises:
+        UsageError: saying which.
+    """
+    output = values.get("output")
+    given = [values.get(name) for name in _INPUTS]
+    inputs = [path for one in given for path in (one if isinstance(one, list) else [one])]
+    if "" in (output, *inputs):
+        raise UsageError("the name of a file is empty (an unset variable?)")
+    if output is None or not Path(output).is_file():
+        return
+    for path in inputs:
+        if path is not None and Path(path).is_file() and Path(path).samefile(output):
+            raise UsageError(f"{output}: is an input too; name another output")
 
 
 def component_versions() -> Iterator[str]:

@@ -38,7 +38,7 @@ def pack(
     cut. Attention does not cross from one document of a sequence to another.
     """
     from gemtool.data.packing import Packer
-    from gemtool.errors import GemtoolError
+    from gemtool.errors import CorruptInput
     from gemtool.stream.files import display_name
     from gemtool.stream.join import open_all_spans
     from gemtool.stream.spans import create_spans
@@ -46,7 +46,7 @@ def pack(
     with open_all_spans(inputs, recover=recover) as spans:
         if spans.header.packed is not None:
             name = display_name(inputs[0] if inputs else None)
-            raise GemtoolError(
+            raise CorruptInput(
                 f"{name}: packed already (length {spans.header.packed['length']:,}); "
                 "pack the output of `gemtool tokenize`"
             )

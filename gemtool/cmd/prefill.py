@@ -44,12 +44,14 @@ def prefill(
     so that `gemtool decode --cache` can ask about it at any time, without reading it again.
     """
     from gemtool.checkpoint import open_checkpoint
-    from gemtool.errors import GemtoolError
+    from gemtool.errors import GemtoolError, UsageError, counted
     from gemtool.infer.documents import documents, expected, require_settings
     from gemtool.runtime import setup_jax
     from gemtool.stream.files import display_name, open_output
     from gemtool.stream.join import open_all_spans
 
+    if dry_run and output is not None:
+        raise UsageError("--dry-run prints JSON and writes no context; leave out -o")
     name = display_name(inputs[0] if inputs else None)
     checkpoint = open_checkpoint(ckpt)
     with open_all_spans(inputs, recover=recover) as spans:
@@ -80,4 +82,4 @@ def prefill(
                 log.debug(f"{doc}: {footer['length']:,} tokens", kinds=footer["kinds"])
             if not number:
                 raise GemtoolError(f"{name}: no documents")
-    log.info(f"prefilled {number:,} document{'s'[: number != 1]}, {tokens:,} tokens")
+    log.info(f"prefilled {counted(number, 'document')}, {counted(tokens, 'token')}")

@@ -57,11 +57,12 @@ def shard(
     """Write packed sequences as a folder of shards for training.
 
     The folder is complete once it has a manifest.json. Run again, the command continues where it
-    was stopped, and leaves a complete folder as it is if it holds the same sequences; -f starts
-    afresh.
+    was stopped, and leaves a complete folder as it is if it holds the same sequences; -f deletes
+    its shards before the new ones are written.
     """
     from gemtool.data.pixels import PixelFormat
     from gemtool.data.sharding import create_shards
+    from gemtool.stream.files import display_name
     from gemtool.stream.join import open_all_spans
 
     if output == "-":
@@ -71,6 +72,7 @@ def shard(
     pixels = PixelFormat.parse(media)
     with open_all_spans(inputs, recover=recover) as spans:
         header = spans.header.derive("shard", pg=not no_pg)
+        name = display_name(inputs[0] if inputs else None)
         with (
             create_shards(
                 output,
@@ -80,6 +82,7 @@ def shard(
                 part=which,
                 pixels=pixels,
                 force=force,
+                name=name,
             ) as writer,
             log.progress("shard", unit="tokens") as bar,
         ):

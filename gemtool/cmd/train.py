@@ -9,6 +9,13 @@ import typer
 from gemtool.cmd.options import Force, Seed, common
 
 
+def presets() -> list[str]:
+    """Names that --model knows, for completion."""
+    from gemtool.model.config import PRESETS
+
+    return list(PRESETS)
+
+
 @common
 def train(
     data: Annotated[
@@ -27,6 +34,7 @@ def train(
         typer.Option(
             "--model",
             metavar="PRESET|FILE",
+            autocompletion=presets,
             help="Architecture: a preset or a TOML file; nano by default. Its vocabulary size and "
             "soft tokens follow the data.",
         ),

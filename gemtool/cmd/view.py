@@ -53,6 +53,8 @@ def view(
     if len(chosen) > 1:
         raise UsageError(" and ".join(f"--{mode}" for mode in chosen) + " exclude each other")
     mode = chosen[0] if chosen else Mode.table
+    if verify and recover:
+        raise UsageError("--verify reports damage that --recover would pass over; give one of them")
     if input is not None and Path(input).is_dir():
         if recover:
             raise UsageError("--recover is for span streams; a folder has no truncated end")

@@ -39,14 +39,18 @@ def vocab(
     from gemtool.data.vocab import Vocab, train_vocab
 
     base = None if extend is None else Vocab.load(extend)
-    with open_output(output, force=force) as file:
-        log.info("learning a vocabulary; 50 MB of text take about four minutes")
-        model = train_vocab(
-            _lines(inputs or ["-"]), size=size, extend=base, seed=seed, sentences=sentences
-        )
+    with open_output(output, force=force) as file, log.progress("read", unit="lines") as bar:
+        lines = _counted(_lines(inputs or ["-"]), bar)
+        model = train_vocab(lines, size=size, extend=base, seed=seed, sentences=sentences)
         file.write(model)
     made = Vocab(model, Path(output or "<stdout>"))
     log.info("vocabulary done", ids=made.size, fingerprint=made.fingerprint)
+
+
+def _counted(lines: Iterator[str], bar: log.progress) -> Iterator[str]:
+    for line in lines:
+        bar.update()
+        yield line
 
 
 def _lines(inputs: list[str]) -> Iterator[str]:

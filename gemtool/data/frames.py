@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import shutil
-import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,8 @@ from gemtool.data.image import unpatchify
 from gemtool.data.pixels import is_picture
 from gemtool.data.settings import FRAMES_PER_AUDIO_TOKEN, MELS
 from gemtool.errors import GemtoolError, UsageError, reason
-from gemtool.stream.files import FILE_MODE, sync_folder
+from gemtool.signals import removed_on_signal
+from gemtool.stream.files import sync_folder
 from gemtool.stream.spans import Span
 
 LIST = "frames.jsonl"
@@ -45,19 +46,20 @@ def write_frames(spans: Iterable[Span], folder: Path, *, force: bool = False) ->
     _require_free(folder, force)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-        try:
-            with (temporary / LIST).open("w", encoding="utf-8") as rows:
-                count = 0
-                for row in _write_all(spans, temporary):
-                    rows.write(json.dumps(row, ensure_ascii=False) + "\n")
-                    count += 1
-            temporary.chmod(FILE_MODE | 0o111)
-            _require_free(folder, force)
-            _replace(folder, temporary)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
+        temporary = folder.with_name(f".{folder.name}.{os.urandom(4).hex()}")
+        count = 0
+        with removed_on_signal(lambda: shutil.rmtree(temporary, ignore_errors=True)):
+            try:
+                temporary.mkdir()
+                with (temporary / LIST).open("w", encoding="utf-8") as rows:
+                    for row in _write_all(spans, temporary):
+                        rows.write(json.dumps(row, ensure_ascii=False) + "\n")
+                        count += 1
+                _require_free(folder, force)
+                _replace(folder, temporary)
+            except BaseException:
+                shutil.rmtree(temporary, ignore_errors=True)
+                raise
     except OSError as problem:
         raise GemtoolError(f"{folder}: cannot be written: {reason(problem)}") from None
     return count
@@ -77,7 +79,7 @@ def _require_free(folder: Path, force: bool) -> None:
 
 def _replace(folder: Path, temporary: Path) -> None:
     if folder.exists():
-        old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        old = folder.with_name(f".{folder.name}.{os.urandom(4).hex()}")
         folder.rename(old)
         temporary.rename(folder)
         shutil.rmtree(old)
@@ -135,7 +137,9 @@ def _write_picture(span: Span, root: Path, place: str) -> dict[str, Any]:
 def _write_sound(run: list[Span], root: Path, place: str) -> dict[str, Any]:
     from PIL import Image
 
-    mel = np.concatenate([span.payload.reshape(-1, MELS) for span in run if span.payload is not None])
+    mel = np.concatenate(
+        [span.payload.reshape(-1, MELS) for span in run if span.payload is not None]
+    )
     name = f"{place}/{_name(run[0])}"
     with _new_file(root / f"{name}.npy") as file:
         np.save(file, mel)

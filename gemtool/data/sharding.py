@@ -23,14 +23,16 @@ from gemtool.data.pixels import RAW, PixelFormat
 from gemtool.data.shards import (
     FORMAT,
     INDEX,
-    MARKED,
     VERSION,
     Names,
+    OtherManifest,
     encode_index,
     read_manifest,
+    whose,
 )
 from gemtool.errors import CorruptInput, GemtoolError, UsageError, reason
-from gemtool.stream.files import LOCK, atomic_file, atomic_write, locked, sync_folder
+from gemtool.stream.files import atomic_file, atomic_write, locked, sync_folder
+from gemtool.stream.folders import output_folder
 from gemtool.stream.header import Header
 from gemtool.stream.spans import KINDS, SPAN_SCHEMA, Encoder, Span, batch_of
 
@@ -50,6 +52,7 @@ def create_shards(
     part: tuple[int, int] | None = None,
     pixels: PixelFormat = RAW,
     force: bool = False,
+    name: str = "the stream",
 ) -> Iterator[ShardWriter]:
     """Writes a shard folder; it is complete when the block ends without an exception.
 
@@ -65,14 +68,16 @@ def create_shards(
         part: (i, n), where this is the i-th of n writers of the folder.
         pixels: how they are stored.
         force: start a folder afresh that is complete or unfinished.
+        name: what messages call the stream.
 
     Raises:
         UsageError: the folder is complete, holds something else and `force` is false; or it holds
             other things, or parts of another division.
-        GemtoolError: the stream is not packed, another process writes the folder, no space.
+        CorruptInput: the stream is not packed.
+        GemtoolError: another process writes the folder, no space.
     """
     if header.packed is None:
-        raise GemtoolError("the stream is not packed; pipe it through `gemtool pack` first")
+        raise CorruptInput(f"{name}: not packed; pipe it through `gemtool pack` first")
     folder = Path(path)
     length = int(header.packed["length"])
     positions = min(chunk or CHUNK, length)
@@ -140,24 +145,18 @@ def _other_content(folder: Path, what: str) -> UsageError:
 def _claim(folder: Path, names: Names, force: bool) -> Iterator[None]:
     """Locks a writer's part of a folder; with `force` it also empties it of earlier shards."""
     with contextlib.ExitStack() as stack:
-        if not folder.exists():
-            stack.callback(_remove_if_empty, folder)
+        stack.enter_context(output_folder(folder))
         try:
-            folder.mkdir(parents=True, exist_ok=True)
             _require_ours(folder, names, force)
             stack.enter_context(locked(folder, names.lock))
             _require_ours(folder, names, force)  # while another held the lock it may have changed
-            manifest, mark = folder / names.manifest, folder / names.mark
-            if force or not manifest.exists():
-                # Marked first: without manifest and mark, nobody knows the files as shards.
-                mark.touch()
-                manifest.unlink(missing_ok=True)
+            if force:
+                # The manifest goes first: without it, nobody reads a mixture of old and new.
+                (folder / names.manifest).unlink(missing_ok=True)
                 sync_folder(folder)
-            stack.callback(_unmark, folder, names)
             for entry in sorted(folder.iterdir()):
-                if names.is_temporary(entry.name) or (
-                    force and names.number(entry.name) is not None
-                ):
+                found = whose(entry.name)
+                if found == ("temporary", names) or (force and found == ("file", names)):
                     entry.unlink(missing_ok=True)
         except OSError as problem:
             raise GemtoolError(f"{folder}: cannot be written: {reason(problem)}") from None
@@ -167,33 +166,28 @@ def _claim(folder: Path, names: Names, force: bool) -> Iterator[None]:
 def _require_ours(folder: Path, names: Names, force: bool) -> None:
     """Refuses a folder of other things, or of another division than `names`.
 
+    A folder with a manifest is one of shards, whatever somebody put beside them; without one,
+    there must be nothing else.
+
     Raises:
         UsageError: which of these it is.
     """
-    found = {entry.name for entry in folder.iterdir()}
-    divisions = [match for name in found if (match := MARKED.fullmatch(name))]
-    if not divisions and not all(name.startswith(LOCK) for name in found):
+    found = [whose(entry.name) for entry in folder.iterdir()]
+    ours = [one for one in found if one is not None]
+    if len(ours) < len(found) and not any(kind == "manifest" for kind, _ in ours):
         raise UsageError(f"{folder}: holds other files; name a new or an empty folder")
-    for match in divisions:
-        if int(match["of"] or 0) != names.of:
-            theirs = f"parts of {int(match['of'])}" if match["of"] else "shards that are no parts"
+    for kind, other in ours:
+        if kind != "lock" and other.of != names.of:
+            theirs = f"parts of {other.of}" if other.of else "shards that are no parts"
             mine = f"part {names.index} of {names.of}" if names.of else "shards that are no parts"
             raise UsageError(f"{folder}: holds {theirs}; {mine} cannot be added to them")
     if force and (folder / names.manifest).exists():
-        with contextlib.suppress(CorruptInput):  # damaged: that is what -f is for
+        try:
             read_manifest(folder, names)
-
-
-def _unmark(folder: Path, names: Names) -> None:
-    """Takes the mark of an unfinished folder away where there is nothing, or nothing unfinished."""
-    files = any(names.number(entry.name) is not None for entry in folder.iterdir())
-    if (folder / names.manifest).exists() or not files:
-        (folder / names.mark).unlink(missing_ok=True)
-
-
-def _remove_if_empty(folder: Path) -> None:
-    with contextlib.suppress(OSError):
-        folder.rmdir()
+        except OtherManifest as problem:
+            raise UsageError(f"{problem}; name a new or an empty folder") from None
+        except GemtoolError:
+            pass  # damaged or of another version: that is what -f is for
 
 
 def _remove_beyond(folder: Path, names: Names, count: int) -> None:
@@ -218,6 +212,7 @@ class _Part:
         self._old: BinaryIO | None = None
         self._new: BinaryIO | None = None
         self.bytes = self.crc32 = self._crc = 0
+        self._abandoned = False
         if target.exists():
             self._old = self._stack.enter_context(target.open("rb"))
         else:
@@ -242,6 +237,8 @@ class _Part:
 
     def write(self, data: Any) -> int:
         size = len(data)
+        if self._abandoned:  # what Arrow still held back: it complains on stderr if refused
+            return size
         if self._old is not None and self._old.read(size) != bytes(data):
             self._begin()
         if self._new is not None:
@@ -265,6 +262,8 @@ class _Part:
         return was_there
 
     def abandon(self, *failure: Any) -> None:
+        """Leaves what was there as it was."""
+        self._abandoned = True
         self._stack.__exit__(*failure)
 
     def flush(self) -> None:

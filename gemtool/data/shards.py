@@ -17,6 +17,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import os
 import re
 import struct
 import threading
@@ -40,10 +41,6 @@ FORMAT = "gemtool shards"
 VERSION = 2
 INDEX = "gemtool.index"
 
-_DIVISION = r"(?:-(?P<index>\d{5,})-of-(?P<of>\d{5,}))?"
-MARKED = re.compile(rf"(?P<mark>\.)?manifest{_DIVISION}\.json(?(mark)\.unfinished)")
-"""Files that tell a shard folder: manifests, and marks of writers that have not finished."""
-
 
 @dataclass(frozen=True, order=True)
 class Names:
@@ -61,10 +58,6 @@ class Names:
         return f"manifest{self._stem}.json"
 
     @property
-    def mark(self) -> str:
-        return f".manifest{self._stem}.json.unfinished"
-
-    @property
     def lock(self) -> str:
         return f"{LOCK}{self._stem}"
 
@@ -73,13 +66,28 @@ class Names:
 
     def number(self, name: str) -> int | None:
         """The number of a file of this writer."""
-        match = re.fullmatch(rf"part{self._stem}-(\d{{5,}})\.arrow", name)
-        return int(match[1]) if match else None
+        if whose(name) != ("file", self):
+            return None
+        return int(name.removesuffix(".arrow").rpartition("-")[2])
 
-    def is_temporary(self, name: str) -> bool:
-        """Whether a kill has left this file of this writer."""
-        pattern = rf"\.(part{self._stem}-\d{{5,}}\.arrow|manifest{self._stem}\.json)\..*"
-        return name != self.mark and re.fullmatch(pattern, name) is not None
+
+_NAMES = {
+    kind: re.compile(pattern.replace("@", r"(?:-(?P<index>\d{5,})-of-(?P<of>\d{5,}))?"))
+    for kind, pattern in {
+        "manifest": r"manifest@\.json",
+        "file": r"part@-\d{5,}\.arrow",
+        "temporary": r"\.(?:manifest|part)@(?:\.json|-\d{5,}\.arrow)\..*",
+        "lock": re.escape(LOCK) + "@",
+    }.items()
+}
+
+
+def whose(name: str) -> tuple[str, Names] | None:
+    """What a file of a shard folder is ("manifest", "file", "temporary", "lock"), and whose."""
+    for kind, pattern in _NAMES.items():
+        if match := pattern.fullmatch(name):
+            return kind, Names(int(match["index"] or 0), int(match["of"] or 0))
+    return None
 
 
 def encode_index(cuts: Sequence[tuple[int, int]]) -> bytes:
@@ -105,7 +113,7 @@ class _File:
         self._local = threading.local()  # each thread has its own reader: no lock between them
         self._ends: memoryview | None = None
         try:
-            self._map = pa.memory_map(str(path))
+            self._map = pa.memory_map(os.fsencode(path))
             self._bytes = memoryview(self._map.read_buffer(entry["bytes"]))
             if version > 1:
                 tail = self._bytes[len(self._bytes) - entry["tail"]["bytes"] :]
@@ -268,6 +276,11 @@ class ShardFolder:
 
 # Manifests
 
+
+class OtherManifest(CorruptInput):
+    """A manifest, but not of shards."""
+
+
 MANIFEST = Names().manifest
 _SHARED = ("version", "length", "chunk", "vocab", "settings")
 
@@ -278,12 +291,8 @@ def is_shard_folder(folder: Path) -> bool:
 
 
 def _manifests(folder: Path) -> list[Names]:
-    found = [MARKED.fullmatch(entry.name) for entry in folder.iterdir()]
-    return sorted(
-        (Names(int(match["index"] or 0), int(match["of"] or 0)))
-        for match in found
-        if match and not match["mark"]
-    )
+    found = [whose(entry.name) for entry in folder.iterdir()]
+    return sorted(names for kind, names in filter(None, found) if kind == "manifest")
 
 
 def read_folder(folder: Path) -> dict[str, Any]:
@@ -352,7 +361,9 @@ def read_manifest(folder: Path, names: Names) -> dict[str, Any]:
     except OSError as problem:
         raise GemtoolError(f"{file}: cannot be read: {reason(problem)}") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise GemtoolError(f"{file}: not the manifest of a shard folder")
+        raise OtherManifest(
+            f"{file}: not the manifest of a shard folder; make one with `gemtool shard`"
+        )
     version = manifest.get("version")
     if not isinstance(version, int) or version > VERSION:
         raise GemtoolError(

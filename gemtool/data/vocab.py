@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from gemtool import log
 from gemtool.control import CONTROL_COUNT, CONTROL_TOKENS
 from gemtool.errors import CorruptInput, GemtoolError, UsageError, reason
 
@@ -35,6 +36,8 @@ FIRST_TEXT = FIRST_BYTE + 256
 WHITESPACE = ("\n", "\n\n", "\r\n", "\t")
 """Pieces that training never sees (it works on lines), so they are put in by hand."""
 MINIMUM_SIZE = FIRST_TEXT + len(WHITESPACE) + 1
+
+LARGEST_SIZE = 1 << 20
 
 _SPACE = "\u2581"  # how sentencepiece spells a space inside a piece
 _OTHER_DIGIT = re.compile(r"((?![0-9])\d)")  # sentencepiece's split_digits knows ASCII only
@@ -67,6 +70,8 @@ class Vocab:
         self.model = model
         self.fingerprint = hashlib.sha256(model).hexdigest()[:16]
         try:
+            if not model:
+                raise OSError
             self._processor: Any = sentencepiece.SentencePieceProcessor(model_proto=model)
             self.size: int = self._processor.get_piece_size()
         except (RuntimeError, OSError):
@@ -229,9 +234,14 @@ def train_vocab(
     if size < smallest:
         what = "control tokens and bytes need" if extend is None else f"{extend.path} has"
         raise UsageError(f"--size {size} is too small: {what} {smallest - 1}, add at least one")
+    if size > LARGEST_SIZE:
+        raise UsageError(f"--size {size} is too large; at most {LARGEST_SIZE:,}")
     sample = _sample(lines, sentences, random.Random(seed))
     if not sample:
         raise GemtoolError("no text to learn a vocabulary from: every line is empty")
+    amount = sum(map(len, sample)) / 1e6
+    if amount > 5:  # else it takes seconds
+        log.info(f"learning from {amount:,.0f} MB of text; about {amount / 12.5:.1f} minutes")
     if extend is None:
         learned = _unigram(sample, size - len(WHITESPACE), exact=True)
         pieces = _pieces(learned)
@@ -323,19 +333,31 @@ def _unigram(sample: list[str], size: int, *, exact: bool) -> bytes:
             num_threads=8,  # sums are split by it: a constant keeps the result the same everywhere
             minloglevel=2,
         )
-    except RuntimeError as problem:
-        limit = re.search(r"<= (\d+)", str(problem))
-        if limit is None:
-            raise GemtoolError(f"the vocabulary cannot be trained: {problem}") from None
-        raise GemtoolError(
-            f"too little text for --size {size + len(WHITESPACE)}; give more text, or "
-            f"--size {int(limit[1]) + len(WHITESPACE)} at most"
-        ) from None
+    except (RuntimeError, OSError) as problem:
+        raise _impossible(str(problem), size + len(WHITESPACE)) from None
     return model.getvalue()
 
 
+def _impossible(message: str, size: int) -> GemtoolError:
+    """What sentencepiece says of a size that the text does not allow, in our words."""
+    most = re.search(r"<= (\d+)", message)
+    if most and "too high" in message:
+        return GemtoolError(
+            f"too little text for --size {size}; give more text, or --size "
+            f"{int(most[1]) + len(WHITESPACE)} at most"
+        )
+    least = re.search(r"required_chars\. \d+ vs (\d+)", message)
+    if least:
+        return UsageError(
+            f"--size {size} is too small for the letters of this text; give at least --size "
+            f"{int(least[1]) + len(WHITESPACE)}"
+        )
+    told = re.sub(r"^\w+: \S+\(\d+\) \[.*\] ", "", message).strip() or "no reason was given"
+    return GemtoolError(f"the vocabulary cannot be trained: {told}")
+
+
 def _in_thread(work: Callable[..., object], **arguments: Any) -> None:
-    """Calls `work` beside the main thread, which thus hears Ctrl-C: native code is deaf to it."""
+    """Calls `work` beside the main thread, which thus hears signals: native code is deaf to them."""
     failures: list[Exception] = []
 
     def run() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, BinaryIO
 
@@ -13,7 +13,7 @@ from gemtool.errors import CorruptInput, GemtoolError, did_you_mean
 from gemtool.infer.engine import Answer, Engine, Sequence
 from gemtool.infer.sampling import Sampling
 from gemtool.infer.text import Prompt
-from gemtool.stream.context import ContextReader, open_contexts, require_match
+from gemtool.stream.context import ContextReader, context_documents, open_contexts, require_match
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,9 @@ _FIELDS: dict[str, tuple[type, ...]] = {
 }
 
 
-def read_requests(file: BinaryIO, name: str, default: Prompt) -> Iterator[Request]:
+def read_requests(
+    file: BinaryIO, name: str, default: Prompt, *, has_context: bool = False
+) -> Iterator[Request]:
     """Requests of JSONL, each when its line is there.
 
     Fields: `prompt`, and if wanted `id` (else the number of the line's object from 0), `doc`, and
@@ -50,22 +52,40 @@ def read_requests(file: BinaryIO, name: str, default: Prompt) -> Iterator[Reques
     `top_p`, `min_p`.
 
     Raises:
-        CorruptInput: a line is not JSON, lacks the prompt, or has an unknown or mistyped field.
+        CorruptInput: a line is not JSON, lacks the prompt, asks nothing, or has an unknown or
+            mistyped field.
     """
     index = 0
     for number, line in enumerate(file, 1):
         if not line.strip():
             continue
         try:
-            yield _request(json.loads(line), index, default)
+            request = _request(json.loads(line), index, default)
+            if asks_nothing(request.prompt, has_context):
+                raise ValueError("'prompt' is empty; expected a question")
+        except json.JSONDecodeError as problem:
+            raise CorruptInput(
+                f"{name}: line {number}, column {problem.colno}: not JSON: {problem.msg.lower()}; "
+                'expected an object as {"prompt": "..."}'
+            ) from None
+        except UnicodeDecodeError as problem:
+            raise CorruptInput(
+                f"{name}: line {number}, column {problem.start + 1}: not UTF-8 text"
+            ) from None
         except (ValueError, RecursionError, GemtoolError) as problem:
             raise CorruptInput(f"{name}: line {number}: {problem}") from None
+        yield request
         index += 1
+
+
+def asks_nothing(prompt: Prompt, has_context: bool) -> bool:
+    """Whether a prompt is empty; a raw one may be where there is a document to continue."""
+    return not (has_context or prompt.text or prompt.prefix) if prompt.raw else not prompt.text
 
 
 def _request(row: Any, index: int, default: Prompt) -> Request:
     if not isinstance(row, dict):
-        raise ValueError("not a JSON object")
+        raise ValueError('not a JSON object; expected one as {"prompt": "..."}')
     for key, value in row.items():
         if key not in _FIELDS:
             raise ValueError(f"unknown field {key!r}{did_you_mean(key, _FIELDS)}")
@@ -73,7 +93,7 @@ def _request(row: Any, index: int, default: Prompt) -> Request:
             kinds = " or ".join(kind.__name__ for kind in _FIELDS[key])
             raise ValueError(f"{key!r} is {value!r}; expected {kinds}")
     if "prompt" not in row:
-        raise ValueError("no field 'prompt'")
+        raise ValueError("no field 'prompt'; expected one with the question")
     changes: dict[str, Any] = {k: row[k] for k in ("prefix", "max_tokens", "seed") if k in row}
     if changes.get("max_tokens", 1) < 1:
         raise ValueError("'max_tokens' must be at least 1")
@@ -133,23 +153,25 @@ def answers(
     Args:
         engine: the model.
         cache: a file of contexts, or "-" for stdin; None for none.
-        requests: read once, as needed.
+        requests: read once, as needed. Those of a list are known before the first answer.
         on_text: gets the text of answers while they are generated.
 
     Raises:
-        GemtoolError: a request names a document that no context is of; at the end.
+        GemtoolError: a request names a document that no context is of: at once where requests and
+            contexts are known, else at the end.
     """
+    if isinstance(requests, list):
+        known = frozenset[str]() if cache is None else context_documents(cache)
+        for request in requests:
+            if known is not None:
+                _require_document(request, known)
     if cache is None:
         for request in requests:
-            if request.doc is not None:
-                raise GemtoolError(
-                    f"prompt {request.id!r}: names document {request.doc!r}, but there is no "
-                    "--cache that could hold it"
-                )
+            _require_document(request, frozenset())
             yield request, None, engine.answer(None, request.prompt, on_text)
         return
     coming, seen = iter(requests), list[Request]()
-    found = set()
+    found = set[str]()
     with open_contexts(cache) as contexts:
         for reader in contexts:
             doc = reader.header.doc
@@ -159,11 +181,21 @@ def answers(
                 if request.doc in (None, doc):
                     yield request, doc, engine.answer(sequence, request.prompt, on_text)
     for request in seen:
-        if request.doc is not None and request.doc not in found:
-            raise GemtoolError(
-                f"prompt {request.id!r}: no context of document {request.doc!r}"
-                f"{did_you_mean(request.doc, found)}; there are {', '.join(map(repr, found))}"
-            )
+        _require_document(request, found)
+
+
+def _require_document(request: Request, known: Collection[str]) -> None:
+    if request.doc is None or request.doc in known:
+        return
+    if not known:
+        raise GemtoolError(
+            f"prompt {request.id!r}: names document {request.doc!r}, but there is no --cache that "
+            "could hold it"
+        )
+    raise GemtoolError(
+        f"prompt {request.id!r}: no context of document {request.doc!r}"
+        f"{did_you_mean(request.doc, known)}; there are {', '.join(map(repr, sorted(known)))}"
+    )
 
 
 def _all(seen: list[Request], coming: Iterator[Request]) -> Iterator[Request]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -14,7 +15,7 @@ import pyarrow as pa
 from gemtool import log
 from gemtool.checkpoint import Checkpoint
 from gemtool.control import EOD
-from gemtool.errors import GemtoolError
+from gemtool.errors import CorruptInput, GemtoolError
 from gemtool.stream.checked import ARROW_MAGIC
 from gemtool.stream.spans import Header, Span
 
@@ -23,10 +24,11 @@ def require_settings(header: Header, checkpoint: Checkpoint, name: str) -> None:
     """Refuses a stream that was not tokenized for this checkpoint, or that is packed.
 
     Raises:
+        CorruptInput: it is packed.
         GemtoolError: naming what differs and how to get it right.
     """
     if header.packed is not None:
-        raise GemtoolError(
+        raise CorruptInput(
             f"{name}: packed (length {header.packed['length']:,}); a context is made of whole "
             "documents, so give prefill the output of `gemtool tokenize`"
         )
@@ -53,14 +55,14 @@ def documents(spans: Iterable[Span], name: str) -> Iterator[tuple[str, Iterator[
     A document's spans must be used up before the next one is asked for.
 
     Raises:
-        GemtoolError: a span belongs to a packed sequence.
+        CorruptInput: a span belongs to a packed sequence.
     """
     number = 0
 
     def key(span: Span) -> tuple[int, str]:
         nonlocal number
         if span.seq is not None:
-            raise GemtoolError(
+            raise CorruptInput(
                 f"{name}: document {span.doc!r} is packed; give prefill the output of "
                 "`gemtool tokenize`"
             )
@@ -106,7 +108,7 @@ def _expected(path: str) -> tuple[int, int] | None:
         return None
     found = tokens = 0
     try:
-        with pa.memory_map(path) as file:
+        with pa.memory_map(os.fsencode(path)) as file:
             if file.read(4) != ARROW_MAGIC:
                 return None
             file.seek(0)

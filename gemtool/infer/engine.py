@@ -168,9 +168,12 @@ class Sequence:
 
     def extend(self, tokens: np.ndarray) -> None:
         """Appends tokens int32 [n], a prompt or one that was just chosen."""
-        sizes = (1,) if len(tokens) == 1 else (PROMPT_TILE, max(self._engine.chunk, PROMPT_TILE))
-        for tile in tiles_of([Piece(tokens)], sizes[-1], reach=self._engine.reach):
-            self.run(tile, next(size for size in sizes if size >= len(tile.piece)))
+        engine, longest = self._engine, max(self._engine.chunk, PROMPT_TILE)
+        for tile in tiles_of([Piece(tokens)], longest, reach=engine.reach):
+            if len(tile.piece) <= PROMPT_TILE:
+                self.run(tile, 1 if len(tokens) == 1 else PROMPT_TILE)
+            else:
+                self.run(tile, engine.tile_size(len(tile.piece)))
 
     def reserve(self, length: int) -> None:
         """Makes room for `length` positions in all."""
@@ -274,6 +277,12 @@ class Engine:
         self.reach = transformer.tail_reach(self.config)
         self.params = jax.device_put(checkpoint.load_params())
 
+    def tile_size(self, length: int) -> int:
+        """Positions that a tile of `length` is padded to: of few sizes, as each is compiled, and
+        not much more than it takes, whatever the chunk.
+        """
+        return min(self.chunk, max(CHUNK, 1 << (length - 1).bit_length()))
+
     def header(self, doc: str) -> ContextHeader:
         """What the header of a context of this model says, provenance aside."""
         layout = tuple(
@@ -332,6 +341,14 @@ class Engine:
         """Memory of the parameters."""
         return sum(leaf.nbytes for leaf in jax.tree.leaves(self.params))
 
+    def bytes_for(self, length: int) -> int:
+        """Memory of the parameters and of the buffers of a sequence."""
+        return self.weight_bytes() + self.row_bytes() * capacity_for(self._room(length))
+
+    def _room(self, length: int) -> int:
+        """Positions that prefilling so many touches: the last tile may be padded."""
+        return length + self.tile_size(min(length, self.chunk))
+
     def row_bytes(self) -> int:
         """Memory of a position in the buffers of a sequence."""
         kinds = self.config.layer_kinds
@@ -351,14 +368,23 @@ class Engine:
         """The tiles in which `prefill` runs a document."""
         return tiles_of(pieces, self.chunk, reach=self.reach, boundary=boundary)
 
-    def prefill(self, document: np.ndarray | Iterable[Span]) -> Sequence:
-        """Reads a document, token ids int32 [n] or spans, and keeps what continues it."""
+    def prefill(
+        self,
+        document: np.ndarray | Iterable[Span],
+        on_tokens: Callable[[int], None] = lambda count: None,
+    ) -> Sequence:
+        """Reads a document, token ids int32 [n] or spans, and keeps what continues it.
+
+        `on_tokens` is called with the number of tokens of each tile.
+        """
         if isinstance(document, np.ndarray):
-            sequence, pieces = self.begin(len(document)), iter([Piece(document)])
+            room = self._room(len(document))
+            sequence, pieces = self.begin(room), iter([Piece(document)])
         else:
             sequence, pieces = self.begin(), pieces_of(document, self.config, self.encode)
         for tile in self.tiles(pieces):
-            sequence.run(tile, self.chunk)
+            sequence.run(tile, self.tile_size(len(tile.piece)))
+            on_tokens(len(tile.piece))
         return sequence
 
     def generate(

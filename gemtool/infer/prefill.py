@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from gemtool.infer.engine import Engine, capacity_for
+from gemtool.infer.engine import Engine
 from gemtool.infer.pieces import GROUPS, Piece, Tile, check_span, pieces_of
 from gemtool.stream.context import BLOCK, STATE_EVERY, ContextWriter
 from gemtool.stream.header import provenance
@@ -65,7 +65,7 @@ def write_context(
     waiting = np.empty(0, np.int32)
     pieces = pieces_of(tally.through(spans), engine.config, engine.encode)
     for tile in engine.tiles(pieces, boundary=STATE_EVERY):
-        sequence.run(tile, engine.chunk)
+        sequence.run(tile, engine.tile_size(len(tile.piece)))
         waiting = np.concatenate([waiting, tile.piece.tokens])
         while len(waiting) >= BLOCK:
             writer.block(waiting[:BLOCK], sequence.block(writer.length, writer.length + BLOCK))
@@ -107,20 +107,22 @@ class Planner:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._media: dict[str, float] = {}
-        self._constant, self._slope = self._tile_seconds()
+        self._tiles: dict[int, tuple[float, float]] = {}
 
-    def _tile_seconds(self, far: int = 16 * BLOCK) -> tuple[float, float]:
-        chunk = self._engine.chunk
-        sequence = self._engine.begin(far + 3 * chunk)
-        tile = Tile(Piece(np.full(chunk, 64, np.int32)), scored=False, last=False)
+    def _tile_seconds(self, size: int, far: int = 16 * BLOCK) -> tuple[float, float]:
+        """Seconds of a tile of this size: the constant, and what each token before it adds."""
+        if size not in self._tiles:
+            sequence = self._engine.begin(far + 3 * size)
+            tile = Tile(Piece(np.full(size, 64, np.int32)), scored=False, last=False)
 
-        def run(place: int) -> None:
-            sequence.skip_to(place)
-            sequence.run(tile, chunk)
-            sequence.wait()
+            def run(place: int) -> None:
+                sequence.skip_to(place)
+                sequence.run(tile, size)
+                sequence.wait()
 
-        near = _seconds(lambda: run(0))
-        return near, max(_seconds(lambda: run(far)) - near, 0.0) / far
+            near = _seconds(lambda: run(0))
+            self._tiles[size] = near, max(_seconds(lambda: run(far)) - near, 0.0) / far
+        return self._tiles[size]
 
     def _group_seconds(self, kind: str) -> float:
         if kind not in self._media:
@@ -139,14 +141,15 @@ class Planner:
             tokens += len(span.tokens)
             if span.payload is not None:
                 groups["audio" if span.kind == "audio" else "visual"] += 1
-        tiles = -(-tokens // engine.chunk)
-        seconds = tiles * (self._constant + self._slope * tokens / 2)
+        size = engine.tile_size(min(tokens, engine.chunk, STATE_EVERY))
+        constant, slope = self._tile_seconds(size)
+        seconds = -(-tokens // size) * (constant + slope * tokens / 2)
         seconds += sum(count * self._group_seconds(kind) for kind, count in groups.items() if count)
         row = engine.row_bytes()
         states = -(-tokens // STATE_EVERY)
         return Plan(
             tokens=tokens,
-            memory=engine.weight_bytes() + row * capacity_for(tokens + engine.chunk),
+            memory=engine.bytes_for(tokens),
             disk=tokens * (row + 4) + states * engine.state_bytes() + 4 * engine.config.vocab_size,
             seconds=seconds,
         )

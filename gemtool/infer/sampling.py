@@ -44,7 +44,7 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
     """Log-probabilities float64 [V] of scores [V].
 
     Raises:
-        GemtoolError: a score is infinite or not a number.
+        GemtoolError: the best score is infinite or not a number.
     """
     shifted = logits.astype(np.float64) - float(logits[_best(logits)])
     return shifted - np.log(np.exp(shifted).sum())
@@ -66,7 +66,11 @@ def distribution(logits: np.ndarray, sampling: Sampling) -> tuple[np.ndarray, np
     """
     if sampling.temperature == 0:
         return np.array([_best(logits)]), np.ones(1)
-    probabilities = np.exp(log_softmax(logits / np.float32(sampling.temperature)))
+    # Differences first, and in float64: the best score is 0 at any temperature, and with a tiny one
+    # all others are -inf.
+    shifted = logits.astype(np.float64) - float(logits[_best(logits)])
+    with np.errstate(over="ignore"):
+        probabilities = np.exp(log_softmax(shifted / sampling.temperature))
     ids = np.argsort(-probabilities, kind="stable")
     if sampling.top_k:
         ids = ids[: sampling.top_k]

@@ -8,17 +8,19 @@ the number. Depths are spaced linearly from the start to the end of the haystack
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from gemtool.data.vocab import Vocab
-from gemtool.errors import GemtoolError
+from gemtool.errors import GemtoolError, UsageError
 
 NEEDLE = "The special magic {city} number is: {number}."
 QUESTION = "What is the special magic {city} number?"
 PREFIX = "The special magic {city} number is:"
 NUMBER_DIGITS = 7
+SMALLEST_HAYSTACK = 32
+"""Tokens around the needle in the shortest context."""
 
 CITIES = (
     "Accra Amsterdam Ankara Antwerp Athens Baghdad Baku Bangkok Barcelona Beirut Belgrade Berlin "
@@ -43,14 +45,23 @@ class Case:
     """Where the needle is: 0 at the start, 1 at the end."""
     case: int
     """Which repetition of the cell."""
-    context: np.ndarray
-    """int32 [length]"""
     question: str
     prefix: str
     """How the model's turn begins."""
     answer: str
     needle_at: int
     """Token position of the needle in the context."""
+    _needle: np.ndarray = field(repr=False, compare=False)
+    _straw: np.ndarray = field(repr=False, compare=False)
+    _first: int = field(repr=False, compare=False)
+    """Where in the straw the haystack begins."""
+
+    @property
+    def context(self) -> np.ndarray:
+        """int32 [length], built when it is asked for: a grid of long contexts fills no memory."""
+        hay = np.resize(np.roll(self._straw, -self._first), self.length - len(self._needle))
+        parts = hay[: self.needle_at], self._needle, hay[self.needle_at :]
+        return np.concatenate(parts).astype(np.int32)
 
 
 def cases(
@@ -71,7 +82,8 @@ def cases(
         repetitions: cases a cell, each with its own city, number and start in the haystack.
 
     Raises:
-        GemtoolError: the haystack is too short, or a length has no room for the needle.
+        GemtoolError: the haystack is too short.
+        UsageError: a length has no room for the needle.
     """
     straw = vocab.encode(haystack)
     ends = sentence_ends(vocab, straw)
@@ -104,21 +116,23 @@ def _case(
     number = str(rng.integers(10 ** (NUMBER_DIGITS - 1), 10**NUMBER_DIGITS))
     needle = vocab.encode(" " + NEEDLE.format(city=city, number=number))
     room = length - len(needle)
-    if room < 32:
-        raise GemtoolError(f"a length of {length} tokens has no room for needle and haystack")
+    if room < SMALLEST_HAYSTACK:
+        raise UsageError(
+            f"a length of {length:,} has no room for needle and haystack; the shortest here is "
+            f"{len(needle) + SMALLEST_HAYSTACK}"
+        )
     first = int(rng.choice(ends))
-    hay = np.resize(np.roll(straw, -first), room)
-    at = _nearest_end(ends, len(straw), first, round(depth * room), room)
-    context = np.concatenate([hay[:at], needle, hay[at:]]).astype(np.int32)
     return Case(
         length=length,
         depth=depth,
         case=case,
-        context=context,
         question=QUESTION.format(city=city),
         prefix=PREFIX.format(city=city),
         answer=number,
-        needle_at=at,
+        needle_at=_nearest_end(ends, len(straw), first, round(depth * room), room),
+        _needle=needle,
+        _straw=straw,
+        _first=first,
     )
 
 

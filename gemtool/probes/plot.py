@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from gemtool.stream.files import atomic_file
+from gemtool.errors import GemtoolError, reason
+from gemtool.stream.files import atomic_write
 
 
 def grid(
     rows: Sequence[Mapping[str, Any]],
 ) -> tuple[list[int], list[float], np.ndarray, np.ndarray]:
-    """Lengths, depths, mean score [depth, length] (NaN without cases) and number of cases."""
+    """Lengths, depths, mean score [depth, length] (NaN without cases) and number of cases.
+
+    A row is a case, or a cell of as many as its "cases".
+    """
     lengths = sorted({int(row["length"]) for row in rows})
     depths = sorted({float(row["depth"]) for row in rows})
     total = np.zeros((len(depths), len(lengths)))
     count = np.zeros((len(depths), len(lengths)), int)
     for row in rows:
         cell = depths.index(float(row["depth"])), lengths.index(int(row["length"]))
-        total[cell] += float(row["score"])
-        count[cell] += 1
+        cases = int(row.get("cases", 1))
+        total[cell] += cases * float(row["score"])
+        count[cell] += cases
     with np.errstate(invalid="ignore"):
         return lengths, depths, total / np.where(count == 0, np.nan, count), count
 
@@ -36,7 +42,11 @@ def short_count(value: float) -> str:
 
 
 def plot_heat_map(rows: Sequence[Mapping[str, Any]], target: Path, *, title: str) -> None:
-    """Draws PNG (or what the file's ending says) of the mean score of each cell."""
+    """Draws PNG (or what the file's ending says) of the mean score of each cell.
+
+    Raises:
+        GemtoolError: the file cannot be written.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -58,6 +68,10 @@ def plot_heat_map(rows: Sequence[Mapping[str, Any]], target: Path, *, title: str
             ink = "black" if 0.2 < mean[i, j] < 0.85 else "white"
             axes.text(j, i, f"{mean[i, j]:.2f}", ha="center", va="center", fontsize=8, color=ink)
     figure.colorbar(image, ax=axes, label="recall")
-    with atomic_file(target) as file:
-        figure.savefig(file, format=target.suffix.lstrip(".") or "png", dpi=150)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format=target.suffix.lstrip(".") or "png", dpi=150)
     plt.close(figure)
+    try:
+        atomic_write(target, drawn.getvalue())
+    except OSError as problem:
+        raise GemtoolError(f"{target}: cannot be written: {reason(problem)}") from None

@@ -27,6 +27,9 @@ ARROW_MAGIC = b"\xff\xff\xff\xff"
 
 _READ_STEP = 64 << 20
 
+_STREAMS = {"spans": "span stream", "context": "context"}
+_MAKERS = {"spans": "`gemtool tokenize`", "context": "`gemtool prefill`"}
+
 
 class Source:
     """A binary input that counts its bytes and knows its end.
@@ -171,22 +174,33 @@ class CheckedReader:
         footer: the JSON footer; empty until `batches` is exhausted.
 
     Raises:
-        CorruptInput: damaged, truncated, or not a gemtool stream.
-        GemtoolError: of another kind (`stream`) or of a newer version than this reader knows.
+        CorruptInput: damaged, truncated, or not a gemtool stream of this kind (`stream`).
+        GemtoolError: of a newer version than this reader knows.
     """
 
     def __init__(self, source: Source, name: str, *, stream: str, version: int) -> None:
         self._source, self._name = source, name
         self.footer: dict[str, Any] = {}
         if source.at_end():
-            raise CorruptInput(f"{name}: empty input; expected a {stream} stream")
+            raise CorruptInput(f"{name}: empty input; expected a {_STREAMS[stream]}")
+        start = source.peek(len(ARROW_MAGIC))
+        if start != ARROW_MAGIC:
+            if source.position:
+                raise self._damaged(f"no further stream follows (it begins with {start!r})")
+            raise CorruptInput(
+                f"{name}: not a {_STREAMS[stream]} (it begins with {start!r}); make one with "
+                f"{_MAKERS[stream]}"
+            )
         try:
             self._reader = pa.ipc.open_stream(source)
             metadata = self._reader.schema.metadata or {}
         except (pa.ArrowException, OSError, ValueError, MemoryError) as problem:
             raise self._damaged(f"no readable stream header ({_short(problem)})") from None
         if b"gemtool" not in metadata:
-            raise CorruptInput(f"{name}: an Arrow stream, but not one of gemtool's")
+            raise CorruptInput(
+                f"{name}: an Arrow stream, but not one of gemtool's; make one with "
+                f"{_MAKERS[stream]}"
+            )
         encoded = metadata[b"gemtool"]
         if str(zlib.crc32(encoded)).encode() != metadata.get(b"gemtool.crc32"):
             raise self._damaged("the header does not match its checksum")
@@ -255,14 +269,21 @@ class CheckedReader:
 
 
 def check_kind(header: dict[str, Any], name: str, stream: str, version: int) -> None:
-    """Refuses a header of another kind of stream or of a newer version."""
-    if header.get("stream") != stream:
-        raise GemtoolError(
-            f"{name}: a {header.get('stream')} stream where a {stream} stream is needed"
+    """Refuses a header of another kind of stream or of a newer version.
+
+    Raises:
+        CorruptInput: another kind.
+        GemtoolError: a newer version.
+    """
+    found = header.get("stream")
+    if found != stream:
+        raise CorruptInput(
+            f"{name}: a {_STREAMS.get(str(found), f'stream of {found!r}')} where a "
+            f"{_STREAMS[stream]} is needed; make one with {_MAKERS[stream]}"
         )
     if not isinstance(header.get("version"), int) or header["version"] > version:
         raise GemtoolError(
-            f"{name}: {stream} stream version {header.get('version')}; this gemtool reads up to "
+            f"{name}: {_STREAMS[stream]} version {header.get('version')}; this gemtool reads up to "
             f"{version}, please upgrade it"
         )
 

@@ -26,13 +26,14 @@ import os
 import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
 
 from gemtool.errors import CorruptInput, GemtoolError
-from gemtool.stream.checked import ARROW_MAGIC, CheckedReader, CheckedWriter, Source, encode_json
+from gemtool.stream.checked import CheckedReader, CheckedWriter, Source, encode_json
 from gemtool.stream.columns import binary_view, large_binary
 from gemtool.stream.files import display_name, open_input
 
@@ -383,11 +384,6 @@ def open_contexts(path: str | None) -> Iterator[Iterator[ContextReader]]:
 
 def read_contexts(source: Source, name: str) -> Iterator[ContextReader]:
     """The contexts ahead in `source`; raises as `open_contexts`."""
-    if not source.at_end() and source.peek(4) != ARROW_MAGIC:
-        raise CorruptInput(
-            f"{name}: not a context stream (it begins with {source.peek(4)!r}); make one with "
-            "`gemtool prefill`"
-        )
     while True:
         reader = ContextReader(source, name)
         yield reader
@@ -395,3 +391,23 @@ def read_contexts(source: Source, name: str) -> Iterator[ContextReader]:
             pass
         if source.at_end():
             return
+
+
+def context_documents(path: str) -> frozenset[str] | None:
+    """The documents that the contexts of a file are of, by their headers, without reading the rest.
+
+    None where that cannot be known: a pipe, or damage, which the reader will report.
+    """
+    if not Path(path).is_file():
+        return None
+    found = set()
+    try:
+        with pa.memory_map(path) as file:
+            while file.tell() < file.size():
+                stream = pa.ipc.open_stream(file)
+                found.add(json.loads((stream.schema.metadata or {})[b"gemtool"])["doc"])
+                for _ in stream:  # views of the map
+                    pass
+    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError):
+        return None
+    return frozenset(found) or None

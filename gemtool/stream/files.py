@@ -7,24 +7,46 @@ import errno
 import fcntl
 import os
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 from gemtool.errors import GemtoolError, NoInput, UsageError, reason
+from gemtool.signals import removed_on_signal
 
 LOCK = ".gemtool-lock"
 """File in a folder that one process at a time may write."""
+
+
+def guard_standard_streams() -> None:
+    """Puts /dev/null in place of a stdin, stdout or stderr that is closed (`>&-`).
+
+    Else the next file that is opened would get the number, and what is meant for the stream.
+    Messages then vanish; writing to stdout fails, as it should.
+    """
+    for number, flags in ((0, os.O_RDONLY), (1, os.O_RDONLY), (2, os.O_WRONLY)):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, flags), True)  # takes the lowest number
+    if sys.stdout is None:
+        sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+    if sys.stderr is None:
+        sys.stderr = open(2, "w", closefd=False, errors="backslashreplace")  # noqa: SIM115
 
 
 def is_stdin(path: str | None) -> bool:
     return path is None or path == "-"
 
 
+def printable(path: str | Path) -> str:
+    """A file name as text that can be written as UTF-8: bytes that are none become U+FFFD."""
+    return os.fsencode(path).decode("utf-8", "replace")
+
+
 def display_name(path: str | None) -> str:
     """How messages call an input."""
-    return "<stdin>" if is_stdin(path) else str(path)
+    return "<stdin>" if is_stdin(path) else printable(str(path))
 
 
 @contextlib.contextmanager
@@ -99,20 +121,22 @@ def open_output(
 
 @contextlib.contextmanager
 def atomic_file(target: Path) -> Iterator[BinaryIO]:
-    """A file that appears under its name, synced to disk, only if the block succeeds."""
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent or ".")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            # mkstemp makes files private; a result is as readable as any other new file.
-            os.fchmod(file.fileno(), FILE_MODE)
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).replace(target)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            Path(temporary).unlink()
-        raise
+    """A file that appears under its name, synced to disk, only if the block succeeds.
+
+    What a symbolic link names is replaced, not the link.
+    """
+    target = target.resolve()
+    temporary = target.with_name(f".{target.name}.{os.urandom(4).hex()}")
+    with removed_on_signal(lambda: temporary.unlink(missing_ok=True)):
+        try:
+            with temporary.open("xb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(target)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
     sync_folder(target.parent)
 
 
@@ -138,36 +162,27 @@ def locked(folder: Path, name: str = LOCK) -> Iterator[None]:
     Raises:
         GemtoolError: another process holds the lock.
     """
-    descriptor = _lock(folder, name)
+    lock = folder / name
+    descriptor = _lock(lock)
     try:
-        yield
+        with removed_on_signal(lambda: lock.unlink(missing_ok=True)):
+            yield
     finally:
-        (folder / name).unlink(missing_ok=True)
+        lock.unlink(missing_ok=True)
         os.close(descriptor)
 
 
-def _lock(folder: Path, name: str) -> int:
+def _lock(lock: Path) -> int:
     while True:
-        descriptor = os.open(folder / name, os.O_RDWR | os.O_CREAT, 0o666)
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # The holder before us removes the file as it leaves: what we locked may be gone.
-            if os.path.samestat(os.fstat(descriptor), (folder / name).stat()):
+            if os.path.samestat(os.fstat(descriptor), lock.stat()):
                 return descriptor
         except BlockingIOError:
             os.close(descriptor)
-            raise GemtoolError(f"{folder}: another process is writing it") from None
+            raise GemtoolError(f"{lock.parent}: another process is writing it") from None
         except FileNotFoundError:
             pass
         os.close(descriptor)
-
-
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current
-
-
-# Asked for before there are threads, whose new files would see the change.
-FILE_MODE = 0o666 & ~_umask()
-"""Permissions of a new file."""

@@ -10,6 +10,7 @@ from typing import Any
 
 from gemtool import __version__
 from gemtool.errors import GemtoolError
+from gemtool.stream.files import printable
 
 VERSION = 1
 
@@ -70,7 +71,7 @@ def provenance(
     entry: dict[str, Any] = {
         "id": name,
         "version": __version__,
-        "command": shlex.join(["gemtool", *sys.argv[1:]]),
+        "command": shlex.join(["gemtool", *map(printable, sys.argv[1:])]),
         "previous": chain[-1].get("id") if chain else None,
     }
     if seed is not None:

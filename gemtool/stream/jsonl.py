@@ -15,11 +15,17 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from gemtool import log
 from gemtool.errors import CorruptInput, did_you_mean
 from gemtool.stream.checked import Source, check_kind
 from gemtool.stream.header import VERSION, Header, require_same
-from gemtool.stream.spans import KINDS, PAYLOAD_DTYPES, SPAN_SCHEMA, Counts, Span
+from gemtool.stream.spans import (
+    KINDS,
+    PAYLOAD_DTYPES,
+    SPAN_SCHEMA,
+    Counts,
+    Span,
+    warn_of_damage,
+)
 
 _COLUMNS = SPAN_SCHEMA.names
 _BITS = {"span": 31, "start": 63, "seq": 63, "offset": 63, "segment": 31}
@@ -178,12 +184,15 @@ class JsonlSpanReader:
         return None
 
     def __iter__(self) -> Iterator[Span]:
+        kept = 0
         try:
-            yield from self._spans()
+            for span in self._spans():
+                kept += 1
+                yield span
         except CorruptInput as problem:
             if not self._recover:
                 raise
-            log.warning(f"{problem}; kept what was whole before it")
+            warn_of_damage(problem, kept, "a line is whole or not at all")
 
     def _spans(self) -> Iterator[Span]:
         crc, rows, total, counts, is_open = 0, 0, 0, Counts(), self._framed

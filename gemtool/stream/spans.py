@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from gemtool import log
 from gemtool.control import CONTROL_COUNT, UNTRAINED_TARGETS
-from gemtool.errors import CorruptInput, GemtoolError
+from gemtool.errors import CorruptInput, GemtoolError, counted
 from gemtool.stream.checked import ARROW_MAGIC, CheckedReader, CheckedWriter, Source
 from gemtool.stream.columns import binary_view, large_binary, large_list, list_view
 from gemtool.stream.files import display_name, open_input, open_output
@@ -282,11 +282,13 @@ class ArrowSpanReader:
             CorruptInput: damage, unless the reader recovers: then a warning ends the stream.
             GemtoolError: a concatenated stream with another vocabulary or other media settings.
         """
+        kept = 0
         try:
             while True:
                 for batch in self._stream.batches():
                     if (wrong := wrong_columns(batch)) is not None:
                         raise CorruptInput(f"{self._name}: {wrong}")
+                    kept += batch.num_rows
                     yield batch
                 self.footer = _sum_footers(self.footer, self._stream.footer)
                 if self._source.at_end():
@@ -298,11 +300,17 @@ class ArrowSpanReader:
         except CorruptInput as problem:
             if not self._recover:
                 raise
-            log.warning(f"{problem}; kept what was whole before it")
+            warn_of_damage(problem, kept, "a batch of up to 1,000 is whole or not at all")
 
     def __iter__(self) -> Iterator[Span]:
         for batch in self.batches():
             yield from spans_of(batch)
+
+
+def warn_of_damage(problem: CorruptInput, kept: int, unit: str) -> None:
+    """Says what recovering kept: `kept` spans, where `unit` says what is kept as one."""
+    found = f"kept the {counted(kept, 'span')} before it" if kept else "nothing before it is whole"
+    log.warning(f"{problem}; {found} ({unit})")
 
 
 def _sum_footers(total: dict[str, Any], footer: dict[str, Any]) -> dict[str, Any]:

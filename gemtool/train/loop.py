@@ -6,20 +6,16 @@ import contextlib
 import dataclasses
 import json
 import math
-import os
-import signal
-import sys
 import time
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
 
-from gemtool import log
+from gemtool import log, signals
 from gemtool.checkpoint import VOCAB, open_checkpoint, write_checkpoint
 from gemtool.data.arrays import ENCODERS
 from gemtool.data.settings import MediaSettings
@@ -28,7 +24,8 @@ from gemtool.data.vocab import Vocab
 from gemtool.errors import GemtoolError, UsageError, did_you_mean
 from gemtool.model.config import PRESETS, ModelConfig, load_preset
 from gemtool.model.params import Tree, count_params
-from gemtool.runtime import setup_jax
+from gemtool.runtime import memory_size, setup_jax
+from gemtool.stream.files import printable
 from gemtool.stream.header import provenance
 from gemtool.train.loader import Loader, evaluation_batches, open_data, require_match
 from gemtool.train.optimizer import Schedule, default_peak, default_warmup, make_optimizer
@@ -74,7 +71,7 @@ def train(options: TrainOptions, emit: Callable[[Row], None]) -> None:
     Raises:
         UsageError, GemtoolError, CorruptInput: the options, the data or the folder do not fit; the
             loss is no longer finite.
-        KeyboardInterrupt, SystemExit: on SIGINT and SIGTERM, after the step was saved.
+        SystemExit: on SIGINT, SIGTERM and SIGHUP, after the step was saved.
     """
     if options.batch % options.accumulate:
         raise UsageError(
@@ -124,6 +121,7 @@ class _Run:
         self.schedule = Schedule(options.steps, self.settings["lr"], self.settings["warmup"])
         self.optimizer = make_optimizer(self.config)
         self.eval_step = make_eval_step(self.config)
+        self._require_memory()
 
     # What a run is made of
 
@@ -225,6 +223,23 @@ class _Run:
             )
         return settings
 
+    def _require_memory(self) -> None:
+        """Refuses a batch that cannot fit, before it is built.
+
+        Raises:
+            UsageError: its arrays, and of a part of it what each layer hands on, exceed all memory.
+        """
+        options, length, there = self.options, self.loader.length, memory_size()
+        layers = len(self.config.layer_kinds)
+        part = options.batch // options.accumulate
+        needed = 4 * length * (5 * options.batch + part * self.config.d_model * layers)
+        if there is not None and needed > there:
+            raise UsageError(
+                f"--batch {options.batch}: a step of so many sequences of {length:,} takes more "
+                f"than {needed / 1e9:,.1f} GB, the device has {there / 1e9:,.1f} GB; lower it, or "
+                "raise --accumulate"
+            )
+
     def _restore_or_begin(self) -> TrainState:
         params = None if self.initial is None else self.initial.load_params()
         if self.record is None:
@@ -255,7 +270,8 @@ class _Run:
         state = self._restore_or_begin()
         train_step = make_train_step(self.config, self.optimizer)
         with (
-            _stop_after_step() as stop,
+            # A step consumes the state that it changes, so it is never interrupted half-way.
+            signals.deferred("saving after this step") as stop,
             log.progress("train", options.steps - self.start, unit="steps") as bar,
         ):
             for step in range(self.start + 1, options.steps + 1):
@@ -267,6 +283,7 @@ class _Run:
                 values = {name: _shortest(value) for name, value in metrics.items()}
                 seconds = time.perf_counter() - began
                 self.tokens += tokens
+                has_targets = any(np.any(batch.weights) for batch in batches)
                 row: Row = {
                     "step": step,
                     "loss": values.pop("loss"),
@@ -278,8 +295,12 @@ class _Run:
                 }
                 is_last = step == options.steps
                 is_finite = math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])
+                if not has_targets:
+                    row["loss"] = None
+                    row["reason"] = "loss: the batch has no target"
                 if is_finite and (is_last or step % options.eval_every == 0):
                     row |= self._evaluate(state.params)
+                row = strict(row)
                 self.emit(row)
                 if not is_finite:
                     self._fail(step)
@@ -287,11 +308,12 @@ class _Run:
                 stops_here = bool(stop) and not is_last  # a signal after this is for the next step
                 if is_last or stops_here or step % options.save_every == 0:
                     self._save(step, state)
-                bar.update(1, f"loss {row['loss']:.3f}, {tokens / seconds:,.0f} tokens/s")
+                loss = "no target" if row["loss"] is None else f"loss {row['loss']:.3f}"
+                bar.update(1, f"{loss}, {tokens / seconds:,.0f} tokens/s")
                 if stops_here:
                     self.folder.finish()
                     log.info(f"{self.folder.path}: saved step {step:,}; continue with --resume")
-                    raise stop[0]
+                    raise SystemExit(128 + stop[0])
         self.folder.finish()
 
     def _evaluate(self, params: Tree) -> Row:
@@ -304,7 +326,7 @@ class _Run:
             for batch in evaluation_batches(self.evaluation, size)
         ]
         loss, weight = (math.fsum(column) for column in zip(*sums, strict=True))
-        return {"eval_loss": loss / max(weight, 1e-8)}
+        return {"eval_loss": loss / weight if weight else math.nan}
 
     def _fail(self, step: int) -> None:
         self.folder.finish()
@@ -329,11 +351,12 @@ class _Run:
         """The checkpoint that prefill and decode read."""
         chain = tuple(self.data[0][0].manifest.get("pg", ()))
         settings = {k: v for k, v in self.settings.items() if k not in ("model", "data")}
+        init = {"init": printable(self.options.init)} if self.options.init else {}
         card = {
             "metrics": self.last,
-            "training": settings | ({"init": self.options.init} if self.options.init else {}),
+            "training": settings | init,
             "data": [
-                {"path": str(f.path), "weight": weight, "fingerprint": f.fingerprint}
+                {"path": printable(f.path), "weight": weight, "fingerprint": f.fingerprint}
                 for f, weight in self.data
             ],
             "pg": [*chain, provenance("train", chain, self.options.seed)],
@@ -385,36 +408,16 @@ def _shortest(value: Any) -> float:
     return float(str(np.asarray(value, np.float32)))
 
 
-@contextlib.contextmanager
-def _stop_after_step() -> Iterator[list[BaseException]]:
-    """Turns SIGINT and SIGTERM into an entry of a list: what to raise once the step is saved.
-
-    A step consumes the state that it changes, so it is never interrupted half-way.
-    """
-    stop: list[BaseException] = []
-
-    def request(number: int, frame: FrameType | None) -> None:
-        if stop:
-            os._exit(128 + number)
-        stop.append(KeyboardInterrupt() if number == signal.SIGINT else SystemExit(128 + number))
-        print(
-            "\ngemtool: interrupted, saving after this step (again to skip that)",
-            file=sys.stderr,
-            flush=True,
-        )
-
-    before = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def strict(row: Row) -> Row:
+    """A row fit for JSON: a number that is not finite becomes None, and "reason" says what it was."""
+    bad = [k for k, v in row.items() if isinstance(v, float) and not math.isfinite(v)]
+    if not bad:
+        return row
+    reasons = [row["reason"]] if "reason" in row else []
+    reasons += [f"{name} is {row[name]}" for name in bad]
+    return {**row, **dict.fromkeys(bad), "reason": ", ".join(reasons)}
 
 
 def to_json(row: Row) -> str:
-    """A line of JSONL; a number that is not finite becomes null, and "reason" says what it was."""
-    bad = [k for k, v in row.items() if isinstance(v, float) and not math.isfinite(v)]
-    if bad:
-        reason = ", ".join(f"{name} is {row[name]}" for name in bad)
-        row = {**row, **dict.fromkeys(bad), "reason": reason}
-    return json.dumps(row)
+    """A line of JSONL, made `strict`."""
+    return json.dumps(strict(row), allow_nan=False)

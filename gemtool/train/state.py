@@ -10,14 +10,19 @@ step depends on nothing else, repeats bit for bit what an uninterrupted run woul
 from __future__ import annotations
 
 import contextlib
+import os
+import re
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from gemtool import log
 from gemtool.checkpoint import CARD, CONFIG, VOCAB, WEIGHTS
-from gemtool.errors import CorruptInput, GemtoolError, UsageError
-from gemtool.stream.files import LOCK, locked
+from gemtool.errors import CorruptInput, GemtoolError, UsageError, reason
+from gemtool.stream.files import LOCK, locked, printable
+from gemtool.stream.folders import output_folder
 
 STATE = "state"
 _FILES = (WEIGHTS, CARD, CONFIG, VOCAB)
@@ -101,7 +106,7 @@ class RunFolder:
             yield
         except Exception as problem:
             raise GemtoolError(
-                f"{self.path / STATE}: cannot be written: {_first_line(problem)}"
+                f"{self.path / STATE}: cannot be written: {_cause(problem)}"
             ) from problem
 
 
@@ -125,7 +130,18 @@ def open_run(
     folder = Path(path)
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"{folder}: is a file; name a folder for the run")
-    folder.mkdir(parents=True, exist_ok=True)
+    if printable(folder.absolute()) != str(folder.absolute()):
+        raise UsageError(f"{folder}: is no UTF-8 text, which the files of a run need; rename it")
+    with (
+        output_folder(folder, STATE),
+        _hushed(),
+        _locked_run(folder, resume=resume, force=force, keep=keep) as run,
+    ):
+        yield run
+
+
+@contextlib.contextmanager
+def _locked_run(folder: Path, *, resume: bool, force: bool, keep: int) -> Iterator[RunFolder]:
     names = {entry.name for entry in folder.iterdir()}
     if names and not names & {CONFIG, STATE, LOCK}:
         raise UsageError(f"{folder}: holds other files; name a new or an empty folder")
@@ -154,8 +170,22 @@ def open_run(
         run = RunFolder(folder, keep)
         try:
             yield run
-        finally:
-            run.close()
+        except BaseException:
+            with contextlib.suppress(GemtoolError):  # what failed first is what is told
+                run.close()
+            raise
+        run.close()
+
+
+@contextlib.contextmanager
+def _hushed() -> Iterator[None]:
+    """What fails in callbacks of orbax's native code goes to the debug log: it fails as a save."""
+    before = sys.unraisablehook
+    sys.unraisablehook = lambda found: log.debug(f"in a callback: {found.exc_value!r}")
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
 
 
 def _entries(folder: Path) -> list[Path]:
@@ -169,10 +199,17 @@ def _damage(folder: Path) -> Iterator[None]:
         yield
     except Exception as problem:
         raise CorruptInput(
-            f"{folder}: the state cannot be restored ({_first_line(problem)}); remove this folder "
+            f"{folder}: the state cannot be restored ({_cause(problem)}); remove this folder "
             "to resume from the one before"
         ) from problem
 
 
-def _first_line(problem: Exception) -> str:
-    return (str(problem).splitlines() or [type(problem).__name__])[0]
+def _cause(problem: Exception) -> str:
+    """Why orbax failed: what the system said, if it did, else the beginning of the message."""
+    if isinstance(problem, OSError):
+        return reason(problem)
+    text = (str(problem).splitlines() or [type(problem).__name__])[0]
+    code = re.search(r"os_error_code='(\d+)'", str(problem))
+    if code:
+        return os.strerror(int(code[1])).lower()
+    return text if len(text) <= 200 else text[:200] + "..."
