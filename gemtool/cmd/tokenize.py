@@ -158,7 +158,7 @@ def tokenize(
     def report(problem: GemtoolError, kept: bool) -> None:
         nonlocal problems
         problems += 1
-        log.warning(f"{problem}; " + ("its document ends there" if kept else "left out"))
+        log.error(f"{problem}; " + ("its document ends there" if kept else "left out"))
 
     with contextlib.ExitStack() as stack:
         if any(map(is_stdin, files)):
@@ -184,7 +184,8 @@ def tokenize(
             for span in spans:
                 writer.append(span)
     if problems:
-        raise GemtoolError(f"{problems} inputs or documents could not be read (see above)")
+        what = "an input or document" if problems == 1 else f"{problems:,} inputs or documents"
+        raise GemtoolError(f"{what} could not be read (see above)")
 
 
 def settings_for(

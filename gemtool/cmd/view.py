@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gemtool.cmd.options import Input, Recover, common
-from gemtool.errors import GemtoolError, UsageError, counted
+from gemtool.errors import CorruptInput, UsageError, counted
 
 if TYPE_CHECKING:
     from gemtool.data.vocab import Vocab
@@ -71,7 +71,7 @@ def view_folder(folder: Path, mode: Mode, vocab: Path | None) -> Iterator[str]:
         return view_shards(folder, mode, vocab)
     if (folder / "config.toml").exists():
         return view_checkpoint(folder, mode)
-    raise GemtoolError(
+    raise CorruptInput(
         f"{folder}: neither shards (no manifest.json) nor a checkpoint (no config.toml)"
     )
 
@@ -260,6 +260,11 @@ def view_checkpoint(folder: Path, mode: Mode) -> Iterator[str]:
             yield to_json({"name": name, "shape": list(tensor.shape), "dtype": tensor.dtype.name})
     elif mode is Mode.verify:
         checkpoint.verify()
+        if not checkpoint.card:
+            raise CorruptInput(
+                f"{folder / 'card.json'}: missing, or of another save than the weights; copy the "
+                "checkpoint again"
+            )
         yield f"{folder}: ok, fingerprint {checkpoint.fingerprint}"
     else:
         total = sum(tensor.size for tensor in checkpoint.tensors().values())

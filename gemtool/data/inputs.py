@@ -204,7 +204,8 @@ class _Reader:
                 error = CorruptInput(f"{name}: line {number}: {problem}")
                 yield Document(where, _failing(error, name))
                 continue
-            runs = [self._item(item, where, folder) for item in record.items]
+            line_of = f"{name}: line {number}"
+            runs = [self._item(item, line_of, folder) for item in record.items]
             yield Document(record.id or where, chain.from_iterable(runs), record.meta)
             if len(line) > _LONG_LINE:
                 yield None

@@ -248,7 +248,7 @@ def train_vocab(
         raise GemtoolError("no text to learn a vocabulary from: every line is empty")
     amount = sum(map(len, sample)) / 1e6
     if amount > 5:  # else it takes seconds
-        log.info(f"learning from {amount:,.0f} MB of text; about {amount / 12.5:.1f} minutes")
+        log.info(f"learning from {amount:,.0f} MB of text, about {amount * 4.8:.0f} s")
     if extend is None:
         learned = _unigram(sample, size - len(WHITESPACE), exact=True)
         pieces = _pieces(learned)

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,8 +41,8 @@ def is_stdin(path: str | None) -> bool:
 
 
 def printable(path: str | Path) -> str:
-    """A file name as text that can be written as UTF-8: bytes that are none become U+FFFD."""
-    return os.fsencode(path).decode("utf-8", "replace")
+    """A file name as text that can be written as UTF-8: bytes that are none are spelled out."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def display_name(path: str | None) -> str:
@@ -126,10 +127,13 @@ def atomic_file(target: Path) -> Iterator[BinaryIO]:
     What a symbolic link names is replaced, not the link.
     """
     target = target.resolve()
+    _remove_abandoned(target)
     temporary = target.with_name(f".{target.name}.{os.urandom(4).hex()}")
     with removed_on_signal(lambda: temporary.unlink(missing_ok=True)):
         try:
             with temporary.open("xb") as file:
+                with contextlib.suppress(OSError):  # some file systems have no locks
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
@@ -138,6 +142,17 @@ def atomic_file(target: Path) -> Iterator[BinaryIO]:
             temporary.unlink(missing_ok=True)
             raise
     sync_folder(target.parent)
+
+
+def _remove_abandoned(target: Path) -> None:
+    """Removes what earlier processes left of this file when they were killed: nobody locks it."""
+    pattern = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]{{8}}")
+    with contextlib.suppress(OSError):
+        for path in target.parent.iterdir():
+            if pattern.fullmatch(path.name):
+                with contextlib.suppress(OSError), path.open("rb") as file:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    path.unlink()
 
 
 def atomic_write(target: Path, content: bytes) -> None:

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from gemtool.errors import CorruptInput, did_you_mean
+from gemtool.errors import CorruptInput, did_you_mean, not_json
 from gemtool.stream.checked import Source, check_kind
 from gemtool.stream.spans import (
     KINDS,
@@ -178,8 +178,10 @@ class JsonlSpanReader:
                 continue
             try:
                 value = json.loads(line)
-            except (ValueError, RecursionError) as problem:
-                raise self._damaged(f"not JSON ({problem})") from None
+            except RecursionError:
+                raise self._damaged("not JSON that can be read: it is nested too deeply") from None
+            except ValueError as problem:
+                raise self._damaged(not_json(problem)) from None
             if not isinstance(value, dict):
                 raise self._damaged("not a JSON object")
             return line, value

@@ -109,6 +109,8 @@ def open_data(text: str) -> tuple[ShardFolder, float]:
     try:
         weight = float(number)
     except ValueError:
+        if Path(path).exists():
+            raise UsageError(f"--data {text}: the weight {number!r} is no number") from None
         return ShardFolder(text), 1.0
     if not (0 < weight < math.inf):
         raise UsageError(f"--data {text}: the weight is {number}; expected a number above 0")

@@ -278,13 +278,14 @@ class _Run:
             f"{'resuming' if self.start else 'training'} {self.config.name}: {total:,} parameters "
             f"({active:,} active) on {self.loader.sequences:,} sequences of {self.loader.length:,}"
             + (f", from step {self.start:,}" if self.start else "")
+            + "; the first step takes longer, as it is compiled"
         )
         state = self._restore_or_begin()
         train_step = make_train_step(self.config, self.optimizer)
         with (
             # A step consumes the state that it changes, so it is never interrupted half-way.
             signals.deferred("saving after this step") as stop,
-            log.progress("train", options.steps - self.start, unit="steps") as bar,
+            log.progress("train", options.steps, unit="steps", start=self.start) as bar,
         ):
             for step in range(self.start + 1, options.steps + 1):
                 began = time.perf_counter()
