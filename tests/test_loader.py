@@ -25,7 +25,8 @@ from gemtool.control import (
 from gemtool.data.arrays import media_groups
 from gemtool.data.packing import Packer
 from gemtool.data.settings import MediaSettings
-from gemtool.data.shards import ShardFolder, create_shards
+from gemtool.data.sharding import create_shards
+from gemtool.data.shards import ShardFolder
 from gemtool.errors import CorruptInput, GemtoolError, UsageError
 from gemtool.stream.spans import KINDS, Header, Span
 from gemtool.train.loader import Loader, build_batch, evaluation_batches, open_data

@@ -22,7 +22,7 @@ import pytest
 from gemtool.checkpoint import open_checkpoint
 from gemtool.data.packing import Packer
 from gemtool.data.settings import MediaSettings
-from gemtool.data.shards import create_shards
+from gemtool.data.sharding import create_shards
 from gemtool.data.vocab import Vocab, train_vocab
 from gemtool.errors import GemtoolError, UsageError
 from gemtool.model.batch import Batch, MediaGroups

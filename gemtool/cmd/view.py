@@ -67,7 +67,9 @@ def view(
 
 def view_folder(folder: Path, mode: Mode, vocab: Path | None) -> Iterator[str]:
     """Lines about a shard folder or a checkpoint."""
-    if (folder / "manifest.json").exists():
+    from gemtool.data.shards import is_shard_folder
+
+    if is_shard_folder(folder):
         return view_shards(folder, mode, vocab)
     if (folder / "config.toml").exists():
         return view_checkpoint(folder, mode)

@@ -17,15 +17,13 @@ import numpy as np
 
 from gemtool.errors import CorruptInput, did_you_mean
 from gemtool.stream.checked import Source, check_kind
+from gemtool.stream.header import VERSION, Header, require_same
 from gemtool.stream.spans import (
     KINDS,
     PAYLOAD_DTYPES,
     SPAN_SCHEMA,
-    VERSION,
     Counts,
-    Header,
     Span,
-    require_same,
     warn_of_damage,
 )
 
