@@ -15,6 +15,7 @@ import pytest
 
 from gemtool.cmd.shard import parse_size
 from gemtool.data.image import patchify
+from gemtool.data.manifest import encode_manifest
 from gemtool.data.packing import Packer
 from gemtool.data.pixels import PixelFormat, decode_pixels
 from gemtool.data.sharding import create_shards
@@ -399,9 +400,18 @@ def test_bad_manifests_are_explained(folder):
         ({"sequences": 3}, "says 3 sequences"),
         ({"files": [{**good["files"][0], "name": "../x"}]}, "expected 'part-00000.arrow'"),
     ):
-        file.write_text(json.dumps({**good, **change}))
+        file.write_bytes(encode_manifest({**good, **change}))
         with pytest.raises(GemtoolError, match=error):
             ShardFolder(folder)
+        if "files" not in change:
+            file.write_text(
+                json.dumps({**good, **change})
+            )  # without the checksum that belongs to it
+            with pytest.raises(GemtoolError):
+                ShardFolder(folder)
+    file.write_text(json.dumps({**good, "settings": {}}))
+    with pytest.raises(CorruptInput, match="does not match its own checksum"):
+        ShardFolder(folder)
     file.write_text("{")
     with pytest.raises(CorruptInput, match="not JSON"):
         ShardFolder(folder)

@@ -10,16 +10,19 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from gemtool.data.manifest import Names, encode_manifest, staged_name
+from gemtool.data.sharding import create_shards
 from gemtool.data.shards import ShardFolder
 from gemtool.errors import CorruptInput, GemtoolError
 from tests.conftest import ROOT, Command, command_environment
-from tests.test_shard import assert_same, packed_spans, stream
+from tests.test_shard import HEADER, assert_same, packed_spans, stream
 
 ARGUMENTS = ("--shard-size", "100kB", "--no-pg")
 
@@ -46,6 +49,92 @@ def test_a_finished_job_is_found_finished(gemtool: Command, tmp_path: Path) -> N
     gemtool("shard", "-o", "s", *ARGUMENTS, "-f", input=packed)
     assert content(tmp_path / "s") == bytes_before
     assert times(tmp_path / "s") != before
+
+
+class Killed(BaseException):
+    """Nothing changes in the folder any more."""
+
+
+def killed_at(step: int, write: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Calls `write`, but stops it for good before its `step`-th renaming or removal of a file.
+
+    Returns whether it came to its end before.
+    """
+    left = step
+
+    def counting(original):
+        def changed(*arguments, **options):
+            nonlocal left
+            if left == 0:
+                raise Killed
+            left -= 1
+            return original(*arguments, **options)
+
+        return changed
+
+    with monkeypatch.context() as patched:
+        for name in ("replace", "unlink"):
+            patched.setattr(Path, name, counting(getattr(Path, name)))
+        try:
+            write()
+        except Killed:
+            return False
+    return True
+
+
+def test_replacing_never_loses_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed between any two changes of the folder: the old shards, the new ones, or one run more."""
+    old, new = packed_spans(30), packed_spans(25, 1)
+
+    def write(folder: Path, spans: list, force: bool = False) -> None:
+        with create_shards(folder, HEADER, shard_size=100_000, force=force) as writer:
+            for span in spans:
+                writer.append(span)
+
+    write(tmp_path / "old", old)
+    write(tmp_path / "new", new)
+    before, after = content(tmp_path / "old"), content(tmp_path / "new")
+    assert before.keys() != after.keys()
+    seen = set()
+    for step in range(100):
+        shutil.copytree(tmp_path / "old", tmp_path / f"{step}-before")
+        finished = killed_at(
+            step, lambda at=tmp_path / f"{step}-before": write(at, new, True), monkeypatch
+        )
+        # This process still holds the lock of the one that it plays.
+        folder = shutil.copytree(tmp_path / f"{step}-before", tmp_path / str(step))
+        visible = {name: held for name, held in content(folder).items() if name[0] != "."}
+        if (folder / "manifest.json").exists():
+            assert visible in (before, after)
+            ShardFolder(folder).verify()
+            seen.add("old" if visible == before else "new")
+        else:  # all the new files are there, under one name or the other
+            seen.add("between")
+            for name, held in after.items():
+                here = folder / name
+                there = folder / staged_name(name)
+                assert held == (there if there.exists() else here).read_bytes()
+        write(folder, new, force=not step % 2 or visible == before)
+        assert content(folder) == after
+        if finished:
+            break
+    assert finished
+    assert seen == {"old", "between", "new"}
+
+
+def test_what_replaces_is_continued(gemtool: Command, tmp_path: Path) -> None:
+    gemtool("shard", "-o", "s", *ARGUMENTS, input=stream(packed_spans(30)))
+    gemtool("shard", "-o", "other", *ARGUMENTS, input=stream(packed_spans(40, 1)))
+    before, other = content(tmp_path / "s"), stream(packed_spans(40, 1))
+    done = gemtool("shard", "-o", "s", *ARGUMENTS, "-f", input=other[:-30], check=False)
+    assert done.returncode == 3
+    waiting = {n: held for n, held in content(tmp_path / "s").items() if n not in before}
+    assert waiting.keys() > {staged_name(Names().file(0))}
+    assert {**content(tmp_path / "s")} == {**before, **waiting}
+    ShardFolder(tmp_path / "s").verify()  # meanwhile, they can be read
+    again = gemtool("shard", "-o", "s", *ARGUMENTS, "-f", input=other)
+    assert b"of them kept from before" in again.stderr
+    assert content(tmp_path / "s") == content(tmp_path / "other")
 
 
 @pytest.mark.parametrize(("documents", "seed"), [(5, 0), (40, 0), (30, 1)])
@@ -281,7 +370,7 @@ def test_parts_must_be_made_alike(gemtool: Command, tmp_path: Path) -> None:
         ShardFolder(tmp_path / "s")
     file = tmp_path / "s" / "manifest-00002-of-00002.json"
     manifest = json.loads(file.read_bytes())
-    file.write_text(json.dumps({**manifest, "chunk": 100, "tokens": None}))
+    file.write_bytes(encode_manifest({**manifest, "chunk": 100, "tokens": None}))
     with pytest.raises(CorruptInput, match="malformed"):
         ShardFolder(tmp_path / "s")
 

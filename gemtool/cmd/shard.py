@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -16,6 +17,13 @@ if TYPE_CHECKING:
 
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 _UNITS |= {"kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}
+
+
+class FileFormat(StrEnum):
+    """Of the files of the folder."""
+
+    arrow = "arrow"
+    array_record = "array_record"
 
 
 @common
@@ -33,14 +41,14 @@ def shard(
         ),
     ] = "1GiB",
     chunk: Annotated[
-        int,
+        int | None,
         typer.Option(
             "--chunk",
             metavar="N",
             min=1,
-            help="Positions that are stored, and can be read, as one; at most a sequence.",
+            help="Positions that are stored, and can be read, as one: 4096, at most a sequence.",
         ),
-    ] = 4096,
+    ] = None,
     media: Annotated[
         str,
         typer.Option(
@@ -49,6 +57,10 @@ def shard(
             help="Store pixels as they are, or as pictures: PNG (exact), JPEG of quality Q (small).",
         ),
     ] = "raw",
+    to: Annotated[
+        FileFormat,
+        typer.Option("--to", help="Files to train from here, or ArrayRecord for other trainers."),
+    ] = FileFormat.arrow,
     part: Part = None,
     force: Force = False,
     recover: Recover = False,
@@ -57,10 +69,11 @@ def shard(
     """Write packed sequences as a folder of shards for training.
 
     The folder is complete once it has a manifest.json. Run again, the command continues where it
-    was stopped, and leaves a complete folder as it is if it holds the same sequences; -f deletes
-    its shards before the new ones are written.
+    was stopped, and leaves a complete folder as it is if it holds the same sequences; -f replaces
+    one that holds others, once the new shards are whole.
     """
     from gemtool.data.pixels import PixelFormat
+    from gemtool.data.shardfile import require_array_record
     from gemtool.data.sharding import create_shards
     from gemtool.stream.files import display_name
     from gemtool.stream.join import open_all_spans
@@ -70,6 +83,10 @@ def shard(
     size = parse_size(shard_size)
     which = None if part is None else parse_part(part)
     pixels = PixelFormat.parse(media)
+    if to is FileFormat.array_record:
+        if chunk is not None:
+            raise UsageError("--chunk is for --to arrow; an ArrayRecord record is a whole sequence")
+        require_array_record()
     with open_all_spans(inputs, recover=recover) as spans:
         header = spans.header.derive("shard", pg=not no_pg)
         name = display_name(inputs[0] if inputs else None)
@@ -81,6 +98,7 @@ def shard(
                 chunk=chunk,
                 part=which,
                 pixels=pixels,
+                file_format=to.value,
                 force=force,
                 name=name,
             ) as writer,

@@ -67,7 +67,7 @@ def view(
 
 def view_folder(folder: Path, mode: Mode, vocab: Path | None) -> Iterator[str]:
     """Lines about a shard folder or a checkpoint."""
-    from gemtool.data.shards import is_shard_folder
+    from gemtool.data.manifest import is_shard_folder
 
     if is_shard_folder(folder):
         return view_shards(folder, mode, vocab)

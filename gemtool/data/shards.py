@@ -18,76 +18,24 @@ import base64
 import hashlib
 import json
 import os
-import re
 import struct
 import threading
 import zlib
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
+from gemtool.data.manifest import MANIFEST, read_folder
 from gemtool.data.pixels import decode_pixels
-from gemtool.errors import CorruptInput, GemtoolError, reason
+from gemtool.errors import CorruptInput, GemtoolError
 from gemtool.stream.checked import batch_crc32
-from gemtool.stream.files import LOCK
 from gemtool.stream.rows import Rows
 from gemtool.stream.spans import wrong_columns
 
-FORMAT = "gemtool shards"
-VERSION = 2
 INDEX = "gemtool.index"
-
-
-@dataclass(frozen=True, order=True)
-class Names:
-    """How one writer's files are called: those of the `index`-th of `of`, or of the only one."""
-
-    index: int = 0
-    of: int = 0
-
-    @property
-    def _stem(self) -> str:
-        return f"-{self.index:05}-of-{self.of:05}" if self.of else ""
-
-    @property
-    def manifest(self) -> str:
-        return f"manifest{self._stem}.json"
-
-    @property
-    def lock(self) -> str:
-        return f"{LOCK}{self._stem}"
-
-    def file(self, number: int) -> str:
-        return f"part{self._stem}-{number:05}.arrow"
-
-    def number(self, name: str) -> int | None:
-        """The number of a file of this writer."""
-        if whose(name) != ("file", self):
-            return None
-        return int(name.removesuffix(".arrow").rpartition("-")[2])
-
-
-_NAMES = {
-    kind: re.compile(pattern.replace("@", r"(?:-(?P<index>\d{5,})-of-(?P<of>\d{5,}))?"))
-    for kind, pattern in {
-        "manifest": r"manifest@\.json",
-        "file": r"part@-\d{5,}\.arrow",
-        "temporary": r"\.(?:manifest|part)@(?:\.json|-\d{5,}\.arrow)\..*",
-        "lock": re.escape(LOCK) + "@",
-    }.items()
-}
-
-
-def whose(name: str) -> tuple[str, Names] | None:
-    """What a file of a shard folder is ("manifest", "file", "temporary", "lock"), and whose."""
-    for kind, pattern in _NAMES.items():
-        if match := pattern.fullmatch(name):
-            return kind, Names(int(match["index"] or 0), int(match["of"] or 0))
-    return None
 
 
 def encode_index(cuts: Sequence[tuple[int, int]]) -> bytes:
@@ -201,6 +149,11 @@ class ShardFolder:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.manifest = read_folder(self.path)
+        if (kept_as := self.manifest.get("file_format", "arrow")) != "arrow":
+            raise GemtoolError(
+                f"{self.path}: an export for other trainers ({kept_as}), which gemtool does not read; "
+                "write a folder with `gemtool shard --to arrow`"
+            )
         try:
             self.length: int = self.manifest["length"]
             self.vocab: dict[str, Any] = self.manifest["vocab"]
@@ -240,7 +193,7 @@ class ShardFolder:
     @property
     def fingerprint(self) -> str:
         """16 hex digits of what the folder holds, without its provenance."""
-        held = {key: value for key, value in self.manifest.items() if key != "pg"}
+        held = {key: value for key, value in self.manifest.items() if key not in ("pg", "crc32")}
         return hashlib.sha256(json.dumps(held, sort_keys=True).encode()).hexdigest()[:16]
 
     def __len__(self) -> int:
@@ -272,110 +225,3 @@ class ShardFolder:
         """
         for number, entry in enumerate(self._entries):
             self._open(number).verify(entry["crc32"])
-
-
-# Manifests
-
-
-class OtherManifest(CorruptInput):
-    """A manifest, but not of shards."""
-
-
-MANIFEST = Names().manifest
-_SHARED = ("version", "length", "chunk", "vocab", "settings")
-
-
-def is_shard_folder(folder: Path) -> bool:
-    """Whether a folder has a manifest of shards, or of a part of them."""
-    return bool(_manifests(folder))
-
-
-def _manifests(folder: Path) -> list[Names]:
-    found = [whose(entry.name) for entry in folder.iterdir()]
-    return sorted(names for kind, names in filter(None, found) if kind == "manifest")
-
-
-def read_folder(folder: Path) -> dict[str, Any]:
-    """The manifest of a folder: the one, or those of all its parts as one.
-
-    Raises:
-        GemtoolError: not a shard folder, not complete, of a newer version, or of parts that do
-            not belong together.
-        CorruptInput: a manifest is damaged.
-    """
-    if not folder.is_dir():
-        what = "is not a folder" if folder.exists() else "no such folder"
-        raise GemtoolError(f"{folder}: {what}; expected one of `gemtool shard`")
-    names = _manifests(folder)
-    if not names:
-        raise GemtoolError(
-            f"{folder}: has no {MANIFEST}: not a shard folder, or `gemtool shard` did not finish it"
-        )
-    of = names[-1].of
-    if any(one.of != of for one in names):
-        divisions = " and ".join(
-            sorted({f"{one.of} parts" if one.of else "no parts" for one in names})
-        )
-        raise GemtoolError(f"{folder}: holds shards of {divisions}; they do not belong together")
-    if not of:
-        return read_manifest(folder, names[0])
-    missing = sorted({*range(1, of + 1)} - {one.index for one in names})
-    if missing:
-        shown = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
-        raise GemtoolError(
-            f"{folder}: not complete: of its {of} parts, {len(missing)} have not finished ({shown}); "
-            f"run `gemtool shard --part {missing[0]}/{of}`"
-        )
-    return _merged(folder, names, [read_manifest(folder, one) for one in names])
-
-
-def _merged(folder: Path, names: list[Names], parts: list[dict[str, Any]]) -> dict[str, Any]:
-    first = parts[0]
-    try:
-        for one, part in zip(names, parts, strict=True):
-            for key in _SHARED:
-                if part[key] != first[key]:
-                    raise GemtoolError(
-                        f"{folder / one.manifest}: its {key} is {part[key]}, that of the parts "
-                        f"before it {first[key]}; all parts must be made alike"
-                    )
-        kinds = {kind: sum(part["tokens"][kind] for part in parts) for kind in first["tokens"]}
-        return {
-            **{key: value for key, value in first.items() if key != "part"},
-            "parts": len(parts),
-            "sequences": sum(part["sequences"] for part in parts),
-            "tokens": kinds,
-            "files": [entry for part in parts for entry in part["files"]],
-        }
-    except (KeyError, TypeError, AttributeError) as problem:
-        raise CorruptInput(f"{folder}: a malformed manifest ({problem!r})") from None
-
-
-def read_manifest(folder: Path, names: Names) -> dict[str, Any]:
-    """The manifest of one writer; raises as `read_folder`."""
-    file = folder / names.manifest
-    try:
-        manifest = json.loads(file.read_bytes())
-    except (ValueError, RecursionError) as problem:
-        raise CorruptInput(f"{file}: not JSON ({problem})") from None
-    except OSError as problem:
-        raise GemtoolError(f"{file}: cannot be read: {reason(problem)}") from None
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise OtherManifest(
-            f"{file}: not the manifest of a shard folder; make one with `gemtool shard`"
-        )
-    version = manifest.get("version")
-    if not isinstance(version, int) or version > VERSION:
-        raise GemtoolError(
-            f"{file}: shard version {version}; this gemtool reads up to {VERSION}, "
-            "please upgrade it"
-        )
-    try:
-        for number, entry in enumerate(manifest["files"]):
-            if entry["name"] != names.file(number):
-                raise CorruptInput(
-                    f"{file}: file {number} is {entry['name']!r}, expected {names.file(number)!r}"
-                )
-    except (KeyError, TypeError) as problem:
-        raise CorruptInput(f"{file}: malformed ({problem!r})") from None
-    return manifest
