@@ -27,6 +27,9 @@ LIST = "frames.jsonl"
 LONGEST = 60
 """Spans of sound, of up to a second each, in one spectrogram."""
 
+BAND_HEIGHT = 3
+"""Pixels of a mel band in a spectrogram; a frame of 10 ms is one wide."""
+
 # Log-mel is (log10(power) + 4) / 4, so -1.5 is silence and 1.5 as loud as sound is.
 _DARKEST, _BRIGHTEST = -1.5, 1.5
 
@@ -35,7 +38,8 @@ def write_frames(spans: Iterable[Span], folder: Path, *, force: bool = False) ->
     """Writes the pictures and the sound of spans; returns how many files of these there are.
 
     A picture is a PNG. Sound that goes on without a gap, up to a minute, is a spectrogram as PNG
-    (time to the right, low tones at the bottom) and the log-mel as .npy, float16 [frames, 80].
+    (time to the right, 100 pixels a second; low tones at the bottom) and the log-mel as .npy,
+    float16 [frames, 80].
     Each document has a folder, numbered as they come; of packed spans, each segment has one.
     The folder appears when it is whole.
 
@@ -145,8 +149,9 @@ def _write_sound(run: list[Span], root: Path, place: str) -> dict[str, Any]:
         np.save(file, mel)
     level = (mel.astype(np.float32) - _DARKEST) / (_BRIGHTEST - _DARKEST)
     grey = np.nan_to_num(np.clip(level, 0, 1) * 255).astype(np.uint8)
+    bands = np.repeat(grey.T[::-1], BAND_HEIGHT, axis=0)
     with _new_file(root / f"{name}.png") as file:
-        Image.fromarray(np.ascontiguousarray(grey.T[::-1])).save(file, "png")
+        Image.fromarray(bands).save(file, "png")
     row = _row(run[0], f"{name}.png")
     if run[0].time is not None and run[-1].time is not None:
         row["time"] = {"start": run[0].time[0], "end": run[-1].time[1]}

@@ -84,8 +84,9 @@ _SHARED = ("version", "length", "chunk", "vocab", "settings", "file_format")
 
 
 def is_shard_folder(folder: Path) -> bool:
-    """Whether a folder has a manifest of shards, or of a part of them."""
-    return bool(_manifests(folder))
+    """Whether a folder has shards, finished or not."""
+    found = [whose(entry.name) for entry in folder.iterdir()]
+    return any(kind != "lock" for kind, _ in filter(None, found))
 
 
 def _manifests(folder: Path) -> list[Names]:

@@ -366,6 +366,10 @@ def read_spans(source: Source, name: str, *, recover: bool = False) -> SpanReade
         return JsonlSpanReader(source, name, recover=recover)
     if not start:
         raise CorruptInput(f"{name}: empty input; expected a span stream")
+    if start == b"ARRO":
+        raise CorruptInput(
+            f"{name}: an Arrow file, not a stream; if it is of a shard folder, name the folder"
+        )
     raise CorruptInput(
         f"{name}: not a span stream (it begins with {start!r}); make one with `gemtool tokenize`"
     )
