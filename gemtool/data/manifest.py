@@ -163,6 +163,11 @@ def read_manifest(folder: Path, names: Names, *, staged: bool = False) -> dict[s
         raise OtherManifest(
             f"{file}: not the manifest of a shard folder; make one with `gemtool shard`"
         )
+    if "crc32" in manifest and manifest["crc32"] != manifest_crc32(manifest):
+        raise CorruptInput(
+            f"{file}: damaged: it does not match its own checksum; copy it again, or run "
+            "`gemtool shard -f` again"
+        )
     version = manifest.get("version")
     if not isinstance(version, int) or version > VERSION:
         raise GemtoolError(
@@ -170,11 +175,8 @@ def read_manifest(folder: Path, names: Names, *, staged: bool = False) -> dict[s
             "please upgrade it"
         )
     try:
-        if version > 1 and manifest["crc32"] != manifest_crc32(manifest):
-            raise CorruptInput(
-                f"{file}: damaged: it does not match its own checksum; copy it again, or run "
-                "`gemtool shard -f` again"
-            )
+        if version > 1 and "crc32" not in manifest:
+            raise CorruptInput(f"{file}: damaged: it has no checksum of its own")
         file_format = manifest.get("file_format", "arrow")
         for number, entry in enumerate(manifest["files"]):
             if entry["name"] != names.file(number, file_format):
