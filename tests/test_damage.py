@@ -1,4 +1,4 @@
-"""Every kind of stream cut short and with a flipped bit: an error of exit status 3, or the right result.
+"""Every kind of stream, cut short or with a flipped bit: exit status 3, or the right result.
 
 A thousand places of each in `make test-all`, fewer in `make test`; most inside this process, some
 through the command.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,12 +94,14 @@ class Kind:
         read: a digest of all that it says.
         file: the file in a folder that is damaged.
         harmless: bytes at the end whose loss nothing is lost by, as Arrow's end marker.
+        late: whether damage of a row may be noticed only at the end, as JSONL has one checksum.
     """
 
     write: Callable[[Path], object]
     read: Callable[[Path], str]
     file: str = ""
     harmless: int = 0
+    late: bool = False
 
 
 def write_stream(path: Path, header: Header, writer_of: Callable) -> None:
@@ -124,10 +125,10 @@ def write_parts(path: Path) -> None:
 
 KINDS = {
     "spans": Kind(lambda p: write_stream(p, PLAIN, ArrowSpanWriter), read_stream, harmless=8),
-    "jsonl": Kind(lambda p: write_stream(p, PLAIN, JsonlSpanWriter), read_stream, harmless=1),
+    "jsonl": Kind(lambda p: write_stream(p, PLAIN, JsonlSpanWriter), read_stream, "", 1, late=True),
     "packed": Kind(lambda p: write_stream(p, PACKED, ArrowSpanWriter), read_stream, harmless=8),
     "packed-jsonl": Kind(
-        lambda p: write_stream(p, PACKED, JsonlSpanWriter), read_stream, harmless=1
+        lambda p: write_stream(p, PACKED, JsonlSpanWriter), read_stream, "", 1, late=True
     ),
     "shards": Kind(write_shards, read_shards, "part-00001.arrow"),
     "manifest": Kind(write_shards, read_shards, "manifest.json", harmless=1),
@@ -227,10 +228,8 @@ def check_command(gemtool: Command, kind: Kind, path: Path, count: int) -> None:
             assert done.returncode == 3
             (line,) = done.stderr.decode().splitlines()
             assert line.startswith("gemtool: error: ")
-            for printed, correct in zip(
-                done.stdout.splitlines(), right.splitlines(), strict=False
-            ):  # what was printed before the damage was met
-                assert json.loads(printed) == json.loads(correct)
+            if not kind.late:  # what was printed before the damage was met
+                assert right.startswith(done.stdout)
 
 
 def test_the_command_says_so(gemtool: Command, kind: Kind, tmp_path: Path) -> None:

@@ -244,6 +244,20 @@ def test_each_pass_is_another_permutation(folders, loader):
     assert [rows[next(other).tokens.tobytes()] for _ in rows] != passes[0]
 
 
+def test_texts_are_read_by_column(folders, loader, monkeypatch):
+    """The loader makes no object of a span that has no media."""
+
+    def refuse(*arguments):
+        raise AssertionError("a span was made")
+
+    expected = [next(loader([(folders[0], 1.0)], batch_size=2)) for _ in range(3)]
+    monkeypatch.setattr("gemtool.stream.rows.spans_of", refuse)
+    found = [next(loader([(folders[0], 1.0)], batch_size=2)) for _ in range(3)]
+    assert [as_bytes(batch) for batch in found] == [as_bytes(batch) for batch in expected]
+    with pytest.raises(AssertionError, match="a span was made"):
+        list(evaluation_batches(folders[1], 2))
+
+
 def test_weights_are_shares_of_the_sequences(folders, loader):
     batches = loader([(folders[0], 0.75), (folders[1], 0.25)], batch_size=4)
     assert batches.kinds == {"text", "control", "image", "audio"}
