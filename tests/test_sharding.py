@@ -137,6 +137,18 @@ def test_what_replaces_is_continued(gemtool: Command, tmp_path: Path) -> None:
     assert content(tmp_path / "s") == content(tmp_path / "other")
 
 
+@pytest.mark.parametrize("force", [False, True])
+def test_a_damaged_staged_manifest_stops_nobody(
+    gemtool: Command, tmp_path: Path, force: bool
+) -> None:
+    packed = stream(packed_spans(30))
+    gemtool("shard", "-o", "s", *ARGUMENTS, input=packed)
+    before = content(tmp_path / "s")
+    (tmp_path / "s" / staged_name("manifest.json")).write_bytes(before["manifest.json"][:-50])
+    gemtool("shard", "-o", "s", *ARGUMENTS, *["-f"][: int(force)], input=packed)
+    assert content(tmp_path / "s") == before
+
+
 @pytest.mark.parametrize(("documents", "seed"), [(5, 0), (40, 0), (30, 1)])
 def test_another_job_needs_force(
     gemtool: Command, tmp_path: Path, documents: int, seed: int

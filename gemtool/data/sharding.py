@@ -145,8 +145,12 @@ def _claim(folder: Path, names: Names, force: bool) -> Iterator[dict[str, Any] |
             _require_ours(folder, names, force)
             stack.enter_context(locked(folder, names.lock))
             _require_ours(folder, names, force)  # while another held the lock it may have changed
-            if (folder / staged_name(names.manifest)).exists():
-                _adopt(folder, names)
+            waiting = folder / staged_name(names.manifest)
+            if waiting.exists():
+                try:
+                    _adopt(folder, names)
+                except CorruptInput:  # what it lists is compared again, as after any stop
+                    waiting.unlink()
             complete = (folder / names.manifest).exists()
             for entry in sorted(folder.iterdir()):
                 found = whose(entry.name)
