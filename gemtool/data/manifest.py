@@ -20,7 +20,6 @@ from gemtool.stream.files import LOCK
 
 FORMAT = "gemtool shards"
 VERSION = 2
-FILE_FORMATS = ("arrow", "array_record")
 
 
 @dataclass(frozen=True, order=True)
