@@ -53,6 +53,8 @@ format: $(READY) ## Format the code
 bench: $(READY) ## Benchmarks, each as a ratio to a limit measured in the same run
 	$(BIN)/python bench/kernels.py
 	$(BIN)/python bench/pipeline.py
+	$(BIN)/python bench/packing.py
+	$(BIN)/python bench/shards.py
 
 clean: ## Remove what the other targets made
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache

@@ -4,7 +4,6 @@ Prints one JSON object a line on stdout and a table on stderr. `ratio` is our th
 peer's, the median of several alternating runs, so that it holds on a shared machine:
 
 * text through the real `gemtool tokenize` pipe, against sentencepiece's own batch call;
-* packed records from a shard folder, against a bare memory-mapped Arrow read of the same file;
 * prefill of nano, as matrix multiplications a second, against this machine's own matmul.
 """
 
@@ -50,11 +49,6 @@ def rows(folder: Path) -> Iterator[dict[str, Any]]:
     text = gzip.decompress((ROOT / "gemtool/probes/haystack.txt.gz").read_bytes()) * 30
     (folder / "text.txt").write_bytes(text)
     yield text_row(folder, text)
-    gemtool(
-        "gemtool tokenize -q text.txt | gemtool pack -q --length 8192 | gemtool shard -q -o shards",
-        folder,
-    )
-    yield shard_row(folder / "shards")
     yield prefill_row()
 
 
@@ -76,36 +70,6 @@ def text_row(folder: Path, text: bytes) -> dict[str, Any]:
         "unit": "MB/s",
         "ours": size / mine,
         "peer": size / theirs,
-        "ratio": ratio,
-    }
-
-
-def shard_row(folder: Path) -> dict[str, Any]:
-    import pyarrow as pa
-
-    from gemtool.data.shards import ShardFolder
-
-    def peer() -> int:
-        total = 0
-        for part in sorted(folder.glob("*.arrow")):
-            with pa.memory_map(str(part)) as file:
-                reader = pa.ipc.open_file(file)
-                for i in range(reader.num_record_batches):
-                    tokens = reader.get_batch(i).column("tokens")
-                    total += int(tokens.values.to_numpy().sum())
-        return total
-
-    def ours() -> int:
-        shards = ShardFolder(folder)
-        return sum(int(span.tokens.sum()) for i in range(len(shards)) for span in shards[i])
-
-    mine, theirs, ratio = alternate(ours, peer)
-    count = sum(ShardFolder(folder).manifest["tokens"].values()) / 1e6
-    return {
-        "what": "8k records from shards, checked, against a bare Arrow map",
-        "unit": "M tokens/s",
-        "ours": count / mine,
-        "peer": count / theirs,
         "ratio": ratio,
     }
 

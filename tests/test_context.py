@@ -256,3 +256,6 @@ def test_a_documents_name_commands_no_terminal(gemtool, tmp_path: Path) -> None:
         shown = gemtool("view", *mode, "c").stdout.decode()
         assert "a\\nb\\u001b[2J" in shown
         assert "\x1b" not in shown
+    refused = gemtool("view", "--frames", "d", "c", check=False)
+    assert refused.returncode == 2
+    assert b"c: a context holds no pictures" in refused.stderr

@@ -6,6 +6,7 @@ import functools
 import importlib.metadata
 import inspect
 import os
+import re
 import tomllib
 import typing
 from collections.abc import Callable, Iterator, Mapping
@@ -44,6 +45,25 @@ Threads = Annotated[
         "-@", "--threads", metavar="N", min=1, help="Threads; the output is the same for any N."
     ),
 ]
+
+
+Part = Annotated[
+    str | None,
+    typer.Option("--part", metavar="I/N", help="Only the I-th of N parts of the job."),
+]
+
+
+def parse_part(text: str) -> tuple[int, int]:
+    """(i, n) of `i/n`.
+
+    Raises:
+        UsageError: not of this form, or i is not from 1 to n.
+    """
+    numbers = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
+    index, parts = (int(numbers[1]), int(numbers[2])) if numbers else (0, 0)
+    if not 1 <= index <= parts:
+        raise UsageError(f"--part {text}: expected i/n with i from 1 to n, as in 2/8")
+    return index, parts
 
 
 class StreamFormat(StrEnum):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import re
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,9 +17,11 @@ from gemtool.cmd.options import (
     Inputs,
     NoPg,
     Output,
+    Part,
     StreamFormat,
     Threads,
     common,
+    parse_part,
 )
 from gemtool.data.sniff import Modality
 from gemtool.errors import GemtoolError, UsageError
@@ -100,10 +101,7 @@ def tokenize(
         bool,
         typer.Option("--follow-symlinks", help="Go after symbolic links in folders."),
     ] = False,
-    part: Annotated[
-        str | None,
-        typer.Option("--part", metavar="I/N", help="Only the I-th of N parts of the inputs."),
-    ] = None,
+    part: Part = None,
     keep_going: Annotated[
         bool, typer.Option("--keep-going", help="Leave out bad inputs; exit 1 at the end.")
     ] = False,
@@ -225,10 +223,7 @@ def checked_settings(base: MediaSettings, given: dict[str, Any]) -> MediaSetting
 
 def take_part(files: list[str], part: str) -> list[str]:
     """The i-th of n runs of the inputs, for `part` "i/n": together the runs are all inputs."""
-    numbers = re.fullmatch(r"(\d+)/(\d+)", part)
-    index, parts = (int(numbers[1]), int(numbers[2])) if numbers else (0, 0)
-    if not 1 <= index <= parts:
-        raise UsageError(f"--part {part}: expected i/n with i from 1 to n, as in 2/8")
+    index, parts = parse_part(part)
     return files[len(files) * (index - 1) // parts : len(files) * index // parts]
 
 

@@ -171,14 +171,14 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, name: str = LOCK) -> Iterator[None]:
     """Keeps other processes that ask for the same lock out of an existing folder.
 
     Raises:
         GemtoolError: another process holds the lock.
     """
-    lock = folder / LOCK
-    descriptor = _lock(folder)
+    lock = folder / name
+    descriptor = _lock(lock)
     try:
         with removed_on_signal(lambda: lock.unlink(missing_ok=True)):
             yield
@@ -187,17 +187,17 @@ def locked(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _lock(folder: Path) -> int:
+def _lock(lock: Path) -> int:
     while True:
-        descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # The holder before us removes the file as it leaves: what we locked may be gone.
-            if os.path.samestat(os.fstat(descriptor), (folder / LOCK).stat()):
+            if os.path.samestat(os.fstat(descriptor), lock.stat()):
                 return descriptor
         except BlockingIOError:
             os.close(descriptor)
-            raise GemtoolError(f"{folder}: another process is writing it") from None
+            raise GemtoolError(f"{lock.parent}: another process is writing it") from None
         except FileNotFoundError:
             pass
         os.close(descriptor)

@@ -25,7 +25,7 @@ from gemtool.model.config import PRESETS, ModelConfig, load_preset
 from gemtool.model.params import Tree, count_params
 from gemtool.runtime import memory_size, setup_jax
 from gemtool.stream.files import printable
-from gemtool.stream.spans import provenance
+from gemtool.stream.header import provenance
 from gemtool.train.extend import extend_params
 from gemtool.train.loader import Loader, evaluation_batches, open_data, require_match
 from gemtool.train.optimizer import Schedule, default_peak, default_warmup, make_optimizer
