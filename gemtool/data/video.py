@@ -164,7 +164,8 @@ class _Seconds:
                 if not (ahead or len(self._samples) > _SAMPLES_WAITING):
                     break
                 self.add_sound(sound.cut())
-            elif sound is None and picture.finished:
+            elif sound is None and not self._samples and not self._titled:
+                self._next = max(self._next, int(picture.settled))  # nothing comes until then
                 break
             if self._titled and not picture.finished and picture.position < self._next + 1:
                 break  # its subtitles lie before the picture of the next second
