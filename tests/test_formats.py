@@ -31,7 +31,7 @@ from tests.samples import NAMES, RECORDS, TEXT, kind_of, sample
 from tests.test_audio import chirp
 from tests.test_image import only_piece
 from tests.test_tokenize import read, rows
-from tests.test_video import GOP, film, frames_of, outline, picture
+from tests.test_video import GOP, ffmpeg, film, frames_of, outline, picture
 
 
 def made(name: str) -> bytes:
@@ -226,6 +226,31 @@ def test_a_picture_beyond_8k_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(avfile, "MAX_PIXELS", 96 * 64 - 1)
     with pytest.raises(GemtoolError, match=r"^big: its picture of 96 x 64 has more than 6,143 pix"):
         list(video_pieces(film(seconds=1), MediaSettings(), "big"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("codec", "options", "code"),
+    # Ten bits: 100 MB a picture. HEVC holds nine of them.
+    [("libx264", ["-preset", "ultrafast"], 0), ("libx265", ["-preset", "ultrafast"], 3)],
+)
+def test_8k_of_ten_bits(
+    gemtool: Command, tmp_path: Path, codec: str, options: list[str], code: int
+) -> None:
+    ffmpeg(
+        "-f", "lavfi", "-i", "testsrc=size=7680x4320:rate=10", "-frames:v", 8,
+        "-pix_fmt", "yuv420p10le", "-c:v", codec, *options, tmp_path / "a.mkv",
+    )  # fmt: skip
+    done = gemtool("tokenize", "a.mkv", "--fps", 10, "--count", "--no-timestamps", check=False)
+    assert done.returncode == code
+    if code:
+        (line,) = done.stderr.decode().splitlines()
+        assert line == (
+            "gemtool: error: a.mkv: needs more than the 768 MiB of memory that decoding may take; "
+            "scale it down: ffmpeg -i IN -vf scale=1920:-2 OUT.mkv"
+        )
+    else:
+        assert b'"video": 2064' in done.stdout  # all eight
 
 
 def test_variable_frame_rate() -> None:
