@@ -24,6 +24,7 @@ from gemtool.data.image import patchify
 from gemtool.data.pieces import Piece
 from gemtool.data.settings import MediaSettings
 from gemtool.data.subtitles import Subtitles
+from gemtool.data.upright import upright
 from gemtool.errors import CorruptInput, GemtoolError
 
 if TYPE_CHECKING:
@@ -400,7 +401,5 @@ class _Picture:
                     frame, self._size, self._size, "rgb24", interpolation=Interpolation.AREA
                 )
             pixels = scaled.to_ndarray()
-            # How far a player turns the frame, in degrees counter-clockwise; the square allows it
-            # after scaling.
-            self._patches = frame, patchify(np.rot90(pixels, round(frame.rotation / 90)))
+            self._patches = frame, patchify(upright(pixels, frame))
         return self._patches[1]
