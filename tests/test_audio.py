@@ -239,9 +239,10 @@ def test_gap_in_the_timestamps() -> None:
 
 def test_memory_does_not_grow() -> None:
     script = (
-        "import resource, wave, io, os, threading, numpy as np\n"
+        "import wave, os, threading, numpy as np\n"
         "from gemtool.data.audio import audio_pieces\n"
         "from gemtool.data.settings import MediaSettings\n"
+        "from gemtool.data.worker import peak_memory\n"
         "r, w = os.pipe()\n"
         "def feed():\n"
         "    with open(w, 'wb') as f:\n"
@@ -253,11 +254,10 @@ def test_memory_does_not_grow() -> None:
         "n = 0\n"
         "for piece in audio_pieces(open(r, 'rb'), MediaSettings(), 'x'):\n"
         "    n += 1\n"
-        "    if n == 100: early = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "    if n == 100: early = peak_memory()\n"
         "assert n == 900, n\n"
-        "grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - early\n"
-        "unit = 1 if os.uname().sysname == 'Darwin' else 1024\n"
-        "assert grown * unit < 8 << 20, grown\n"
+        "grown = peak_memory() - early\n"
+        "assert grown < 8 << 20, grown\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False)
     assert done.returncode == 0, done.stderr.decode()

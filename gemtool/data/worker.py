@@ -93,9 +93,17 @@ def serve(channel: Channel, job: dict[str, Any], descriptor: int | None) -> None
         channel.send({"type": "error", "error": "unexpected", "message": what})
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    channel.send({"type": "end", "usable": usable and peak_memory() < _RETIRED})
+
+
+def peak_memory() -> int:
+    """The most bytes that this process had resident."""
     unit = 1 if sys.platform == "darwin" else 1024
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    channel.send({"type": "end", "usable": usable and used < _RETIRED})
+    # Linux's ru_maxrss begins with the peak of the process that forked.
+    with contextlib.suppress(OSError), open("/proc/self/status") as file:  # noqa: PTH123
+        return next((int(s.split()[1]) << 10 for s in file if s.startswith("VmHWM:")), used)
+    return used
 
 
 @functools.cache
