@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from io import BytesIO
@@ -265,6 +266,47 @@ def test_a_killed_worker_is_no_loss(
     assert killed == 2
     assert (tmp_path / "spread").read_bytes() == (tmp_path / "plain").read_bytes()
     nothing_left()
+
+
+# A cluster of two machines, as far as Ray can tell; the second is lost in the middle of a task.
+TWO_MACHINES = """
+import os, signal, subprocess, sys, time
+from pathlib import Path
+from ray.cluster_utils import Cluster
+
+folder, *command = sys.argv[1:]
+cluster = Cluster(True, head_node_args={"num_cpus": 1, "temp_dir": folder})
+second = cluster.add_node(num_cpus=1).all_processes["raylet"][0].process.pid
+tool = subprocess.Popen(command, env={**os.environ, "RAY_ADDRESS": cluster.address})
+
+def at_work():
+    children = Path(f"/proc/{second}/task/{second}/children").read_text().split()
+    return any(b"_tokenize" in Path(f"/proc/{child}/cmdline").read_bytes() for child in children)
+
+while not at_work():
+    assert tool.poll() is None
+    time.sleep(0.02)
+os.kill(second, signal.SIGKILL)
+code = tool.wait()
+cluster.shutdown()
+sys.exit(code)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="processes are looked for in /proc")
+def test_a_lost_machine_is_no_loss(ray: None, gemtool: Command, tmp_path: Path) -> None:
+    make_inputs(tmp_path / "in")
+    gemtool("tokenize", "in", "--no-pg", "-o", "plain")
+    command = [sys.executable, "-m", "gemtool", "tokenize", "in", "--no-pg", "-o", "spread"]
+    environment = {**command_environment(), "RAY_USAGE_STATS_ENABLED": "0"}
+    with tempfile.TemporaryDirectory(prefix="gt-", ignore_cleanup_errors=True) as folder:
+        done = subprocess.run(
+            [sys.executable, "-c", TWO_MACHINES, folder, *command, "--engine", "ray"],
+            cwd=tmp_path, env=environment, capture_output=True, timeout=200, check=False,
+        )  # fmt: skip
+    assert done.returncode == 0, done.stderr.decode()[-2000:]
+    assert (tmp_path / "spread").read_bytes() == (tmp_path / "plain").read_bytes()
 
 
 @pytest.mark.slow
