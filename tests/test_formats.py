@@ -323,15 +323,31 @@ def test_no_sound_at_all() -> None:
     assert outline(list(video_pieces(data, MediaSettings(), "x"))) == "tv" * 3
 
 
-def test_odd_sizes_of_video() -> None:
+@pytest.mark.parametrize("size", [(33, 7), (1, 1), (3, 1)])
+def test_odd_sizes_of_video(size: tuple[int, int]) -> None:
+    width, height = size
     file = io.BytesIO()
     with av.open(file, "w", format="matroska") as output:
         stream = output.add_stream("ffv1", rate=5)
-        stream.width, stream.height, stream.pix_fmt = 33, 7, "yuv444p"
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv444p"
         for _ in range(5):
-            pixels = np.full((7, 33, 3), (200, 100, 50), np.uint8)
+            pixels = np.full((height, width, 3), (200, 100, 50), np.uint8)
             output.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, "rgb24")))
         output.mux(stream.encode(None))
     (piece,) = video_pieces(file.getvalue(), MediaSettings(timestamps=False), "x")
     assert piece.payload is not None
     assert np.allclose(unpatchify(piece.payload), (200, 100, 50), atol=3)
+
+
+@pytest.mark.parametrize("format", ["rgb48be", "rgba64be", "gray16be"])
+def test_sixteen_bits_a_sample(format: str) -> None:
+    colour = np.array([0x8080, 0x4040, 0xC0C0, 0xFFFF])
+    channels = {"rgb48be": 3, "rgba64be": 4, "gray16be": 1}[format]
+    pixels = np.broadcast_to(colour[:channels], (20, 30, channels)).astype(np.uint16)
+    frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels).squeeze(), format)
+    encoder: Any = av.CodecContext.create("png", "w")
+    encoder.width, encoder.height, encoder.pix_fmt = 30, 20, format
+    encoder.time_base = Fraction(1, 1)
+    data = b"".join(bytes(packet) for packet in [*encoder.encode(frame), *encoder.encode(None)])
+    expected = (0x80, 0x80, 0x80) if channels == 1 else (0x80, 0x40, 0xC0)
+    assert np.allclose(only_piece(data), expected, atol=1)
