@@ -24,7 +24,7 @@ from gemtool.data.image import patchify
 from gemtool.data.pieces import Piece
 from gemtool.data.settings import MediaSettings
 from gemtool.data.subtitles import Subtitles
-from gemtool.data.upright import upright
+from gemtool.data.upright import Upright
 from gemtool.errors import CorruptInput, GemtoolError
 
 if TYPE_CHECKING:
@@ -237,6 +237,7 @@ class _Picture:
         self._end: float = 0  # tick at which the last frame ends
         self._patches: tuple[VideoFrame, np.ndarray] | None = None
         self._reformatter: Any = None
+        self._upright = Upright()
 
         self._latest: int | None = None  # pts of the packets so far
         self._key: int | None = None  # pts of the current GOP's key frame
@@ -401,5 +402,5 @@ class _Picture:
                     frame, self._size, self._size, "rgb24", interpolation=Interpolation.AREA
                 )
             pixels = scaled.to_ndarray()
-            self._patches = frame, patchify(upright(pixels, frame))
+            self._patches = frame, patchify(self._upright.apply(pixels, frame))
         return self._patches[1]
