@@ -6,6 +6,7 @@ import io
 import shutil
 import struct
 import subprocess
+import sys
 import tempfile
 from bisect import bisect_right
 from fractions import Fraction
@@ -22,6 +23,7 @@ from gemtool.data.pieces import Piece
 from gemtool.data.settings import MediaSettings
 from gemtool.data.video import timestamp, video_pieces
 from gemtool.errors import CorruptInput, GemtoolError
+from tests.conftest import command_environment
 
 SILENT = MediaSettings(audio=False, timestamps=False)
 
@@ -417,6 +419,25 @@ def test_films_are_shown_upright(quarters: int, mirrored: bool, tmp_path: Path) 
     assert np.array_equal(shown, np.rot90(flat[:, ::-1] if mirrored else flat, -quarters))
     (theirs,) = ffmpeg_frames(path, place=LEFT)  # turned first, chroma and all, then scaled
     assert np.abs(shown.astype(int) - theirs).mean() < 1
+
+
+def test_pictures_are_let_go(tmp_path: Path) -> None:
+    path = tmp_path / "hd.mkv"
+    source = "testsrc2=size=1280x720:rate=25:duration=6"
+    ffmpeg("-f", "lavfi", "-i", source, "-c:v", "mpeg4", "-q:v", 9, path)
+    script = (
+        "import sys\n"
+        "from gemtool.data.settings import MediaSettings\n"
+        "from gemtool.data.video import video_pieces\n"
+        "from gemtool.data.worker import peak_memory\n"
+        "settings = MediaSettings(fps=25, timestamps=False)\n"
+        "for number, piece in enumerate(video_pieces(sys.argv[1], settings, 'x')):\n"
+        "    if number == 30: early = peak_memory()\n"
+        "grown = peak_memory() - early\n"
+        "assert grown < 10 << 20, grown\n"  # seven pictures; a hundred would be 138 MB
+    )
+    command = [sys.executable, "-c", script, str(path)]
+    subprocess.run(command, env=command_environment(), check=True)
 
 
 def test_real_film(real_media: Path) -> None:
