@@ -64,6 +64,11 @@ def test_without_ray_and_what_it_cannot_do(gemtool: Command, tmp_path: Path) -> 
 # The task itself, without a cluster around it
 
 
+@pytest.fixture
+def this_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", command_environment()["PYTHONPATH"])
+
+
 def run_task(folder: Path, *options: str) -> tuple[bytes, Any]:
     files = sorted(path.name for path in folder.iterdir())
     *chunks, end = cluster._tokenize(list(options), files, str(folder))
@@ -71,7 +76,7 @@ def run_task(folder: Path, *options: str) -> tuple[bytes, Any]:
 
 
 def test_a_task_is_the_command(
-    gemtool: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    this_checkout: None, gemtool: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("GEMTOOL_TOKENIZE_ENGINE", "ray")  # would go on for ever
     folder = tmp_path / "in"
@@ -108,7 +113,7 @@ def bare_cluster(header: Header) -> cluster.Cluster:
     return made
 
 
-def test_outputs_of_tasks(tmp_path: Path) -> None:
+def test_outputs_of_tasks(this_checkout: None, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("one")
     stream, end = run_task(tmp_path)
     header = Header.from_dict(read_header(stream))
