@@ -279,10 +279,9 @@ import os, signal, subprocess, sys, time
 from pathlib import Path
 from ray.cluster_utils import Cluster
 
-folder, *command = sys.argv[1:]
-cluster = Cluster(True, head_node_args={"num_cpus": 1, "temp_dir": folder})
+cluster = Cluster(True, head_node_args={"num_cpus": 1})
 second = cluster.add_node(num_cpus=1).all_processes["raylet"][0].process.pid
-tool = subprocess.Popen(command, env={**os.environ, "RAY_ADDRESS": cluster.address})
+tool = subprocess.Popen(sys.argv[1:], env={**os.environ, "RAY_ADDRESS": cluster.address})
 
 def at_work():
     children = Path(f"/proc/{second}/task/{second}/children").read_text().split()
@@ -304,10 +303,11 @@ def test_a_lost_machine_is_no_loss(ray: None, gemtool: Command, tmp_path: Path) 
     make_inputs(tmp_path / "in")
     gemtool("tokenize", "in", "--no-pg", "-o", "plain")
     command = [sys.executable, "-m", "gemtool", "tokenize", "in", "--no-pg", "-o", "spread"]
-    environment = {**command_environment(), "RAY_USAGE_STATS_ENABLED": "0"}
     with tempfile.TemporaryDirectory(prefix="gt-", ignore_cleanup_errors=True) as folder:
+        own = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_TMPDIR": folder}
+        environment = {**command_environment(), **own}
         done = subprocess.run(
-            [sys.executable, "-c", TWO_MACHINES, folder, *command, "--engine", "ray"],
+            [sys.executable, "-c", TWO_MACHINES, *command, "--engine", "ray"],
             cwd=tmp_path, env=environment, capture_output=True, timeout=200, check=False,
         )  # fmt: skip
     assert done.returncode == 0, done.stderr.decode()[-2000:]
