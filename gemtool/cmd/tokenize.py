@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from dataclasses import replace
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -32,6 +33,13 @@ if TYPE_CHECKING:
     from gemtool.data.documents import Document
     from gemtool.data.settings import MediaSettings
     from gemtool.stream.spans import Span
+
+
+class Engine(StrEnum):
+    """Who runs the work."""
+
+    local = "local"
+    ray = "ray"
 
 
 @common
@@ -105,6 +113,10 @@ def tokenize(
     keep_going: Annotated[
         bool, typer.Option("--keep-going", help="Leave out bad inputs; exit 1 at the end.")
     ] = False,
+    engine: Annotated[
+        Engine,
+        typer.Option("--engine", help="Where the work is done: this machine, or a Ray cluster."),
+    ] = Engine.local,
     count: Annotated[
         bool, typer.Option("--count", help="Write no stream but counts of tokens, as JSONL.")
     ] = False,
@@ -151,6 +163,9 @@ def tokenize(
     if part is not None:
         files = take_part(files, part)
 
+    if engine == Engine.ray and (one_document or any(map(is_stdin, files))):
+        raise UsageError("--engine ray takes neither standard input nor --one-document")
+
     problems = 0
 
     def report(problem: GemtoolError, kept: bool) -> None:
@@ -162,25 +177,38 @@ def tokenize(
         if any(map(is_stdin, files)):
             stack.enter_context(open_input(None))  # a terminal is noticed before the output
         used = Vocab.load(model)
-        documents: Iterator[Document] = read_documents(files, settings, modality, workers=threads)
-        if keep_going:
-            documents = skip_bad(documents, report)
-        if one_document:
-            documents = as_one(documents)
+        identity = {"fingerprint": used.fingerprint, "size": used.size}
+        header = Header(vocab=identity, settings=settings.to_dict())
+        if engine == Engine.ray:
+            from gemtool.data.cluster import Cluster
+
+            options = [*plain_options(settings, modality, model), "-@", str(threads)]
+            options += ["--keep-going"] if keep_going else []
+            cluster = stack.enter_context(Cluster(options, threads, header))
+            made = cluster.spans(files)
+        else:
+            documents: Iterator[Document] = read_documents(
+                files, settings, modality, workers=threads
+            )
+            if keep_going:
+                documents = skip_bad(documents, report)
+            if one_document:
+                documents = as_one(documents)
+            made = spans_of_documents(documents, used, threads=threads)
         bar = stack.enter_context(log.progress("tokenize", unit="tokens"))
-        spans = counted(spans_of_documents(documents, used, threads=threads), bar)
+        spans = counted(made, bar)
         if count:
             sink = stack.enter_context(open_output(output, force=force, binary=False))
             for line in count_documents(spans):
                 sink.write(line)
                 sink.flush()
         else:
-            identity = {"fingerprint": used.fingerprint, "size": used.size}
-            header = Header(vocab=identity, settings=settings.to_dict())
             header = header.derive("tokenize", pg=not no_pg)
             writer = stack.enter_context(create_spans(output, header, format=format, force=force))
             for span in spans:
                 writer.append(span)
+        if engine == Engine.ray:
+            problems = cluster.problems
     if problems:
         what = "an input or document" if problems == 1 else f"{problems:,} inputs or documents"
         raise GemtoolError(f"{what} could not be read (see above)")
@@ -219,6 +247,20 @@ def checked_settings(base: MediaSettings, given: dict[str, Any]) -> MediaSetting
         return replace(base, **given)
     except GemtoolError as problem:
         raise UsageError(f"--{str(problem).replace('_', '-')}") from None
+
+
+def plain_options(settings: MediaSettings, modality: Modality, vocab: Path | None) -> list[str]:
+    """The command line that says the same: for a run of this verb elsewhere."""
+    options = ["--modality", modality.value]
+    if vocab is not None:
+        options += ["--vocab", str(vocab)]
+    for key, setting in settings.to_dict().items():
+        name = key.replace("_", "-")
+        if isinstance(setting, bool):
+            options.append(f"--{name}" if setting else f"--no-{name}")
+        else:
+            options += [f"--{name}", str(setting)]
+    return options
 
 
 def take_part(files: list[str], part: str) -> list[str]:

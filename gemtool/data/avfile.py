@@ -40,6 +40,9 @@ TEXT_CODECS = frozenset({"ass", "mov_text", "srt", "ssa", "subrip", "text", "web
 MAX_PIXELS = 40_000_000
 """Pixels of a video's picture, at most: 8K has 35 million."""
 
+SCALE_DOWN = "ffmpeg -i IN -vf scale=1920:-2 OUT.mkv"
+"""What makes a video smaller."""
+
 _TS_DISCONT = 0x0200
 """libav's flag of formats in which timestamps may start anew, such as MPEG-TS."""
 
@@ -80,7 +83,7 @@ class MediaFile:
         if context.width * context.height > MAX_PIXELS:
             raise GemtoolError(
                 f"{self.name}: its picture of {context.width} x {context.height} has more than "
-                f"{MAX_PIXELS:,} pixels; scale it down: ffmpeg -i IN -vf scale=1920:-2 OUT.mkv"
+                f"{MAX_PIXELS:,} pixels; scale it down: {SCALE_DOWN}"
             )
         context.options = {"max_pixels": str(MAX_PIXELS)}  # if it grows later
         return stream

@@ -24,6 +24,7 @@ from gemtool.data.image import patchify
 from gemtool.data.pieces import Piece
 from gemtool.data.settings import MediaSettings
 from gemtool.data.subtitles import Subtitles
+from gemtool.data.upright import Upright
 from gemtool.errors import CorruptInput, GemtoolError
 
 if TYPE_CHECKING:
@@ -164,7 +165,8 @@ class _Seconds:
                 if not (ahead or len(self._samples) > _SAMPLES_WAITING):
                     break
                 self.add_sound(sound.cut())
-            elif sound is None and picture.finished:
+            elif sound is None and not self._samples and not self._titled:
+                self._next = max(self._next, int(picture.settled))  # nothing comes until then
                 break
             if self._titled and not picture.finished and picture.position < self._next + 1:
                 break  # its subtitles lie before the picture of the next second
@@ -235,6 +237,7 @@ class _Picture:
         self._end: float = 0  # tick at which the last frame ends
         self._patches: tuple[VideoFrame, np.ndarray] | None = None
         self._reformatter: Any = None
+        self._upright = Upright()
 
         self._latest: int | None = None  # pts of the packets so far
         self._key: int | None = None  # pts of the current GOP's key frame
@@ -399,7 +402,5 @@ class _Picture:
                     frame, self._size, self._size, "rgb24", interpolation=Interpolation.AREA
                 )
             pixels = scaled.to_ndarray()
-            # How far a player turns the frame, in degrees counter-clockwise; the square allows it
-            # after scaling.
-            self._patches = frame, patchify(np.rot90(pixels, round(frame.rotation / 90)))
+            self._patches = frame, patchify(self._upright.apply(pixels, frame))
         return self._patches[1]

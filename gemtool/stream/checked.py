@@ -67,13 +67,16 @@ class Source:
         self.position += len(data)
         return data
 
-    def readline(self) -> bytes:
-        """One line with its end; empty at the end of the input."""
+    def readline(self, limit: int = -1) -> bytes:
+        """One line with its end; empty at the end of the input.
+
+        Of a line longer than `limit` (at least what was peeked at) it is the first `limit` bytes.
+        """
         head, self._ahead = self._ahead, b""
         if b"\n" in head:
             line, self._ahead = head[: head.index(b"\n") + 1], head[head.index(b"\n") + 1 :]
         else:
-            line = head + self._file.readline()
+            line = head + self._file.readline(limit if limit < 0 else max(0, limit - len(head)))
         self.position += len(line)
         return line
 
