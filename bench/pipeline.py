@@ -3,7 +3,6 @@
 Prints one JSON object a line on stdout and a table on stderr. `ratio` is our throughput over the
 peer's, the median of several alternating runs, so that it holds on a shared machine:
 
-* text through the real `gemtool tokenize` pipe, against sentencepiece's own batch call;
 * packed records from a shard folder, against a bare memory-mapped Arrow read of the same file;
 * prefill of nano, as matrix multiplications a second, against this machine's own matmul.
 """
@@ -49,35 +48,12 @@ def gemtool(command: str, folder: Path) -> None:
 def rows(folder: Path) -> Iterator[dict[str, Any]]:
     text = gzip.decompress((ROOT / "gemtool/probes/haystack.txt.gz").read_bytes()) * 30
     (folder / "text.txt").write_bytes(text)
-    yield text_row(folder, text)
     gemtool(
         "gemtool tokenize -q text.txt | gemtool pack -q --length 8192 | gemtool shard -q -o shards",
         folder,
     )
     yield shard_row(folder / "shards")
     yield prefill_row()
-
-
-def text_row(folder: Path, text: bytes) -> dict[str, Any]:
-    """The pipe pays for starting a process, too: 30 repetitions of the essays make that small."""
-    import sentencepiece
-
-    from gemtool.data.vocab import Vocab
-
-    peer = sentencepiece.SentencePieceProcessor(model_proto=Vocab.load().model)
-    lines = text.decode().splitlines(keepends=True)
-    mine, theirs, ratio = alternate(
-        lambda: gemtool("gemtool tokenize -q text.txt > /dev/null", folder),
-        lambda: peer.encode(lines, out_type="numpy"),
-    )
-    size = len(text) / 1e6
-    return {
-        "what": "tokenize text, against sentencepiece",
-        "unit": "MB/s",
-        "ours": size / mine,
-        "peer": size / theirs,
-        "ratio": ratio,
-    }
 
 
 def shard_row(folder: Path) -> dict[str, Any]:
