@@ -61,7 +61,9 @@ format: $(READY) ## Format the code
 
 bench: $(READY) ## Benchmarks, each as a ratio to a limit measured in the same run
 	$(BIN)/python bench/kernels.py
-	$(BIN)/python bench/pipeline.py
+	$(BIN)/python bench/text.py
+	$(BIN)/python bench/media.py
+	$(BIN)/python bench/prefill.py
 	$(BIN)/python bench/packing.py
 	$(BIN)/python bench/shards.py
 

@@ -212,8 +212,9 @@ class _Picture:
     Packets are decoded as they come until the stream has shown that its key frames start clean
     groups of pictures (GOPs): intra frames, with no later packet shown before them. From then on
     a GOP's packets are held until the next key frame says where it ends; a GOP in which no sample
-    falls is dropped, another decoded up to its last sample. Whatever breaks that rule brings back
-    plain decoding for good, so samples are always those of a full decode.
+    falls is dropped, another decoded up to its last sample, but for frames that neither a sample
+    nor another frame needs. Whatever breaks that rule brings back plain decoding for good, so
+    samples are always those of a full decode.
     """
 
     def __init__(self, stream: Any, settings: MediaSettings, longest_gap: int, name: str) -> None:
@@ -344,15 +345,14 @@ class _Picture:
         end = self._tick(rest[0].pts or 0)
         order = sorted(range(len(gop)), key=ticks.__getitem__)
         shown = [ticks[i] for i in order]
-        sample, needed = self._next, 0
+        sample, needed = self._next, set()
         while (limit := self._limit(sample)) < end:
-            chosen = max(bisect_right(shown, limit) - 1, 0)
-            needed = max(needed, order[chosen] + 1)
+            needed.add(order[max(bisect_right(shown, limit) - 1, 0)])
             sample += 1
         if needed:
             self._clock.pass_to(ticks[0] - 1)
-            for packet in gop[:needed]:
-                yield from self._show(self._decoder.decode(packet))
+            for i in range(max(needed) + 1):
+                yield from self._show(self._decoder.decode(gop[i], shown=i in needed))
             yield from self._show(self._decoder.decode(None))
             self._decoder.restart()
             yield from self._settle(end)
