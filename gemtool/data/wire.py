@@ -138,7 +138,7 @@ class Channel:
         if not self._came:
             if len(rest) >= len(self._room):
                 return self.sock.recv_into(rest)
-            self._came = self._room.data[: self.sock.recv_into(self._room)]
+            self._came = self._room.data[: self.sock.recv_into(self._room.data)]
         count = min(len(rest), len(self._came))
         rest[:count], self._came = self._came[:count], self._came[count:]
         return count
