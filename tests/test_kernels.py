@@ -17,6 +17,7 @@ from scipy.special import expit
 
 from gemtool.errors import UsageError
 from gemtool.kernels import attention, dispatch, expert_mlp, experts, flash_attention
+from gemtool.kernels.attention import merge_attention, partial_attention
 
 FORWARD = {"rtol": 2e-5, "atol": 2e-5}
 GRADIENT = {"rtol": 1e-4, "atol": 1e-4}
@@ -103,21 +104,25 @@ def attention_case(name: str) -> tuple[dict[str, Any], dict[str, Any], dict[str,
 
 
 @functools.cache
-def attention_results(name: str, impl: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+def attention_results(
+    name: str, impl: str
+) -> tuple[tuple[np.ndarray, np.ndarray], dict[str, np.ndarray]]:
     inputs, traced, options = attention_case(name)
     (B, T, _, H, _, D), _ = ATTENTION[name]
-    along = normal(5, B, T, H, D)
+    along, along_lse = normal(5, B, T, H, D), normal(6, B, T, H)
 
-    def forward(inputs: dict[str, Any], traced: dict[str, Any]) -> tuple[jax.Array, jax.Array]:
-        out = flash_attention(**inputs, **traced, **options, impl=impl)
-        return (out * along).sum(), out
+    def forward(inputs: dict[str, Any], traced: dict[str, Any]) -> tuple[jax.Array, Any]:
+        out, lse = partial_attention(**inputs, **traced, **options, impl=impl)
+        sees = lse > -1e29
+        return (out * along).sum() + jnp.where(sees, lse * along_lse, 0).sum(), (out, lse)
 
     arguments = jax.tree.map(jnp.asarray, (inputs, traced))
     if name.startswith(FORWARD_ONLY):
-        return np.asarray(compiled(forward, impl)(*arguments)[1]), {}
+        out, lse = compiled(forward, impl)(*arguments)[1]
+        return (np.asarray(out), np.asarray(lse)), {}
     run = compiled(jax.value_and_grad(forward, has_aux=True), impl)
-    (_, out), gradients = run(*arguments)
-    return np.asarray(out), {key: np.asarray(g) for key, g in gradients.items()}
+    (_, (out, lse)), gradients = run(*arguments)
+    return (np.asarray(out), np.asarray(lse)), {key: np.asarray(g) for key, g in gradients.items()}
 
 
 @pytest.mark.parametrize("name", ATTENTION)
@@ -125,12 +130,46 @@ def attention_results(name: str, impl: str) -> tuple[np.ndarray, dict[str, np.nd
 def test_attention(impl: str, name: str) -> None:
     out, gradients = attention_results(name, impl)
     expected, expected_gradients = attention_results(name, "reference")
-    np.testing.assert_allclose(out, expected, **FORWARD)
+    for got, want in zip(out, expected, strict=True):
+        np.testing.assert_allclose(got, want, **FORWARD)
     for key, want in expected_gradients.items():
         got = gradients[key]
         assert got.dtype == want.dtype, key
         tolerance = {"rtol": 2e-3, "atol": 2e-3} if got.dtype == np.float16 else GRADIENT
         np.testing.assert_allclose(got, want, **tolerance, err_msg=key)
+
+
+@pytest.mark.parametrize("impl", attention.IMPLEMENTATIONS)
+@pytest.mark.parametrize("with_sink", [False, True])
+def test_attention_to_parts_merges_to_attention_to_all(impl: str, with_sink: bool) -> None:
+    q, k, v = (jnp.asarray(normal(i, 2, 96, 4, 8, scale=2)) for i in (1, 2, 3))
+    sink = jnp.asarray(normal(4, 4)) if with_sink else None
+    along = jnp.asarray(normal(5, 2, 96, 4, 8))
+    edges = [(0, 10), (10, 64), (64, 96)]
+
+    def whole(q: jax.Array, k: jax.Array, v: jax.Array, sink: Any) -> Any:
+        out, lse = partial_attention(q, k, v, causal=False, sink=sink, impl=impl)
+        return (out * along).sum(), (out, lse)
+
+    def merged(q: jax.Array, k: jax.Array, v: jax.Array, sink: Any) -> Any:
+        parts = [
+            partial_attention(q, k[:, a:b], v[:, a:b], causal=False, impl=impl) for a, b in edges
+        ]
+        # Keys that nobody sees change nothing.
+        parts.insert(1, partial_attention(q, k, v, kv_length=0, impl=impl))
+        out, lse = merge_attention(parts, sink)
+        return (out * along).sum(), (out, lse)
+
+    names = (0, 1, 2, 3) if with_sink else (0, 1, 2)
+    results = [
+        jax.jit(jax.value_and_grad(f, argnums=names, has_aux=True))(q, k, v, sink)
+        for f in (whole, merged)
+    ]
+    ((_, outputs), gradients), ((_, expected), expected_gradients) = results[1], results[0]
+    for got, want in zip(outputs, expected, strict=True):
+        np.testing.assert_allclose(got, want, **FORWARD)
+    for got, want in zip(gradients, expected_gradients, strict=True):
+        np.testing.assert_allclose(got, want, **GRADIENT)
 
 
 def attention_loop(

@@ -7,7 +7,11 @@ never visited.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import jax
+import jax.numpy as jnp
 
 from gemtool.kernels.attention.reference import attention_reference
 from gemtool.kernels.attention.xla import attention_xla
@@ -16,7 +20,12 @@ from gemtool.kernels.dispatch import dispatch
 IMPLEMENTATIONS = {"xla": attention_xla, "reference": attention_reference}
 
 
-def flash_attention(
+def flash_attention(q: jax.Array, k: jax.Array, v: jax.Array, **options: Any) -> jax.Array:
+    """Attend from each query to the keys it can see: the output of `partial_attention`."""
+    return partial_attention(q, k, v, **options)[0]
+
+
+def partial_attention(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
@@ -31,8 +40,8 @@ def flash_attention(
     sink: jax.Array | None = None,
     soft_cap: float | None = None,
     impl: str | None = None,
-) -> jax.Array:
-    """Attend from each query to the keys it can see.
+) -> tuple[jax.Array, jax.Array]:
+    """Attend from each query to the keys it can see, so that more keys can be attended to later.
 
     A query at absolute position `p = q_start + t` sees key `s` if all of these hold: `s <= p`
     (when causal); `s > p - window` (when there is a window); `s < kv_length`; the segments of
@@ -60,7 +69,9 @@ def flash_attention(
         impl: name of the implementation; by default the best of this platform.
 
     Returns:
-        [B, T, H, D] in q's dtype. Differentiable (reverse mode) in q, k, v and sink.
+        The output [B, T, H, D] in q's dtype, and the log of the sum of exponentials that it was
+        divided by [B, T, H] (`merge_attention` needs it; -1e30 where nothing is seen). Both are
+        differentiable (reverse mode) in q, k, v and sink.
 
     Raises:
         ValueError: shapes or options do not fit together.
@@ -97,6 +108,30 @@ def flash_attention(
         sink=sink,
         soft_cap=soft_cap,
     )
+
+
+def merge_attention(
+    parts: Sequence[tuple[jax.Array, jax.Array]], sink: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Attention to several sets of keys, from the attention to each.
+
+    Args:
+        parts: of `partial_attention`, with the same queries and without a sink.
+        sink: floating [H], of all.
+
+    Returns:
+        What `partial_attention` gives for all keys together.
+    """
+    logs = jnp.stack([lse for _, lse in parts])
+    everything = logs if sink is None else jnp.concatenate([logs, _like(sink, logs[:1])])
+    total = jax.nn.logsumexp(everything, axis=0)
+    shares = jnp.exp(logs - total[None])
+    out = sum(out * share[..., None] for (out, _), share in zip(parts, shares, strict=True))
+    return out.astype(parts[0][0].dtype), total
+
+
+def _like(sink: jax.Array, logs: jax.Array) -> jax.Array:
+    return jnp.broadcast_to(sink.astype(logs.dtype)[None, None, None], logs.shape)
 
 
 def _shapes(*arrays: jax.Array) -> str:
