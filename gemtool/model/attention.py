@@ -29,6 +29,7 @@ import jax.numpy as jnp
 from gemtool.kernels.attention import flash_attention
 from gemtool.model.config import LayerKind, ModelConfig
 from gemtool.model.layers import rms_norm, rotary, round_to, unit_norm
+from gemtool.model.parallel import packed_attention
 from gemtool.model.params import Tree
 
 
@@ -72,15 +73,8 @@ def attend_packed(
         k = rotary(k, positions, kind.rope_theta)
     if kind.attention == "full":
         k = round_to(k, config.kv_dtype)
-    out = flash_attention(
-        q,
-        k,
-        v,
-        scale=_scale(kind),
-        window=kind.window or None,
-        q_segments=segments,
-        kv_segments=segments,
-        sink=p.get("sink"),
+    out = packed_attention(
+        q, k, v, segments, sink=p.get("sink"), window=kind.window or None, scale=_scale(kind)
     )
     return jnp.einsum("bthk,hkd->btd", out, p["o"])
 

@@ -9,17 +9,17 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from gemtool.kernels.experts import expert_mlp
 from gemtool.model.config import ModelConfig, MoEConfig
 from gemtool.model.layers import swiglu
+from gemtool.model.parallel import routed_experts
 from gemtool.model.params import Tree
 
 Stats = dict[str, jax.Array]
 
 
 def moe_mlp(p: Tree, moe: MoEConfig, x: jax.Array, present: jax.Array) -> tuple[jax.Array, Stats]:
-    """Experts' outputs for tokens `x` [M, D]; rows where `present` bool [M] is False give zeros
-    from the routed experts and count in no statistic. Returns [M, D] and
+    """Experts' outputs for tokens `x` [..., D]; rows where `present` bool [...] is False give zeros
+    from the routed experts and count in no statistic. Returns [..., D] and
 
     - "load" float32 [E]: each expert's share of all choices (1 / E is balance);
     - "z_loss" float32 []: mean squared log-partition of the router;
@@ -27,14 +27,14 @@ def moe_mlp(p: Tree, moe: MoEConfig, x: jax.Array, present: jax.Array) -> tuple[
     """
     with jax.named_scope("router"):
         ids, weights, scores, logits = route(p, moe, x)
-    ids = jnp.where(present[:, None], ids, moe.experts)
+    ids = jnp.where(present[..., None], ids, moe.experts)
     with jax.named_scope("experts"):
-        y = expert_mlp(x, ids, weights, p["gate"], p["up"], p["down"])
+        y = routed_experts(x, ids, weights, {name: p[name] for name in ("gate", "up", "down")})
     if moe.shared_experts:
         y = y + swiglu(x, **p["shared"])
     count = jnp.maximum(jnp.sum(present.astype(jnp.float32)), 1.0)
-    chosen = ids[:, :, None] == jnp.arange(moe.experts, dtype=jnp.int32)[None, None, :]
-    load = jnp.sum(chosen.astype(jnp.float32), axis=(0, 1)) / (count * moe.top_k)
+    chosen = jax.nn.one_hot(ids, moe.experts, dtype=jnp.float32)  # zeros for "no expert"
+    load = jnp.sum(chosen, axis=tuple(range(ids.ndim))) / (count * moe.top_k)
     here = present.astype(jnp.float32)
     probability = scores / jnp.sum(scores, axis=-1, keepdims=True)
     z = jax.nn.logsumexp(logits, axis=-1)
@@ -42,18 +42,20 @@ def moe_mlp(p: Tree, moe: MoEConfig, x: jax.Array, present: jax.Array) -> tuple[
         "load": load,
         "z_loss": jnp.sum(jnp.square(z) * here) / count,
         "balance_loss": moe.experts
-        * jnp.dot(load, jnp.einsum("me,m->e", probability, here) / count),
+        * jnp.dot(load, jnp.einsum("...e,...->e", probability, here) / count),
     }
 
 
 def route(
     p: Tree, moe: MoEConfig, x: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Who computes what: experts' ids int32 [M, top_k] (the lower id where scores tie), their weights
-    float32 [M, top_k] that sum to 1, and all scores and logits float32 [M, E]."""
-    logits = jnp.einsum("md,de->me", x.astype(jnp.float32), p["router"])
+    """Who computes what, for `x` [..., D]: experts' ids int32 [..., top_k] (the lower id where scores
+    tie), their weights float32 [..., top_k] that sum to 1, and all scores and logits [..., E]."""
+    logits = jnp.einsum("...d,de->...e", x.astype(jnp.float32), p["router"])
     scores = jax.nn.softmax(logits) if moe.score == "softmax" else jax.nn.sigmoid(logits)
-    ranking = scores + p["bias"][None, :] if moe.balance == "bias" else scores
+    ranking = scores
+    if moe.balance == "bias":
+        ranking = scores + jnp.broadcast_to(p["bias"], scores.shape)
     _, ids = jax.lax.top_k(jax.lax.stop_gradient(ranking), moe.top_k)
     weights = jnp.take_along_axis(scores, ids, axis=-1)
     return ids, weights / jnp.sum(weights, axis=-1, keepdims=True), scores, logits

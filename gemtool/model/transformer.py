@@ -21,6 +21,7 @@ from gemtool.model.batch import Batch, MediaGroups
 from gemtool.model.cache import Cache, full_layers
 from gemtool.model.config import ModelConfig
 from gemtool.model.layers import rms_norm, swiglu
+from gemtool.model.mesh import constrain
 from gemtool.model.moe import Stats, moe_mlp, router_loss
 from gemtool.model.params import Tree
 
@@ -56,7 +57,7 @@ def forward(params: Tree, config: ModelConfig, batch: Batch) -> tuple[jax.Array,
     Also a dict of what the routers did: "load" {layer: float32 [E]}, "z_loss" and "balance_loss" (means
     over layers), and "loss" float32 [], what routers add to the training loss.
     """
-    x = embed(params, config, batch.tokens, batch.media)
+    x = constrain(embed(params, config, batch.tokens, batch.media), "batch", "length", None)
     present = batch.segments > 0
     stats: dict[str, Stats] = {}
     for index, kind in enumerate(config.layer_kinds):
@@ -71,6 +72,7 @@ def forward(params: Tree, config: ModelConfig, batch: Batch) -> tuple[jax.Array,
                 batch.segments,
             )
             x, routed = _feed_forward(p, config, x, present)
+            x = constrain(x, "batch", "length", None)
         if routed:
             stats[str(index)] = routed
     return rms_norm(x, params["norm"], config.norm_eps), _router_summary(config, stats)
@@ -156,8 +158,8 @@ def _feed_forward(
             return x + swiglu(h, **p["mlp"]), {}
     assert config.moe is not None
     with jax.named_scope("moe"):
-        y, stats = moe_mlp(p["moe"], config.moe, h.reshape(-1, config.d_model), present.reshape(-1))
-    return x + y.reshape(x.shape), stats
+        y, stats = moe_mlp(p["moe"], config.moe, h, present)
+    return x + y, stats
 
 
 def _real_rows(x: jax.Array, valid: jax.Array) -> jax.Array:

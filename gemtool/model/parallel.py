@@ -1,0 +1,333 @@
+"""Attention and experts on a mesh: what each device computes, and what it sends to which.
+
+Without a current mesh (`jax.set_mesh`) these are the kernels themselves. On one, each function runs
+per device (`jax.shard_map`):
+
+* window attention fetches the keys and values that its first queries look back to from the devices
+  before it (a halo);
+* full attention passes keys and values round the ring of the context axis, merging what it attends
+  to piece by piece (ring attention, arXiv 2310.01889); its backward pass goes round once more, with
+  the gradients of keys and values travelling along, so that no device ever holds all of them;
+* experts: each row travels to the device that holds its expert, and back.
+
+Axes: B sequences, T positions, H query heads, N key/value heads, K head dimension, D model; within a
+device they are that device's share.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from gemtool.kernels.attention import flash_attention, merge_attention, partial_attention
+from gemtool.kernels.experts import expert_mlp
+from gemtool.model.mesh import AXES, current_mesh, partition
+
+
+def packed_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segments: jax.Array,
+    *,
+    sink: jax.Array | None,
+    window: int | None,
+    **options: Any,
+) -> jax.Array:
+    """Causal attention within the segments of packed sequences.
+
+    `q` [B, T, H, K], `k` and `v` [B, T, N, K], `segments` int32 [B, T] (0 is padding), `sink` [H] or
+    None; `options` are those of `partial_attention`. Returns [B, T, H, K].
+    """
+    mesh = current_mesh()
+    if mesh is None:
+        return flash_attention(
+            q, k, v, q_segments=segments, kv_segments=segments, sink=sink, window=window, **options
+        )
+    queries = partition(("batch", "length", "heads", None), q.shape, mesh)
+    keys = partition(("batch", "length", "kv_heads", None), k.shape, mesh)
+    specs = (queries, keys, keys, PartitionSpec(*queries[:2]), PartitionSpec(queries[2]))
+    groups = q.shape[2] // k.shape[2]
+
+    def local(
+        q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, sink: jax.Array | None
+    ) -> jax.Array:
+        if keys[2] is None:
+            k, v = (_own_heads(x, q.shape[2], groups) for x in (k, v))
+        if mesh.shape["context"] == 1:
+            shared = {"q_segments": segments, "kv_segments": segments, "window": window}
+            return flash_attention(q, k, v, sink=sink, **shared, **options)
+        if window is not None:
+            return _halo(mesh.shape["context"], q, k, v, segments, sink, window, options)
+        fixed = (mesh.shape["context"], tuple(sorted(options.items())))
+        return _ring(fixed, q, k, v, segments, sink)
+
+    return jax.shard_map(local, in_specs=specs, out_specs=queries, check_vma=False)(
+        q, k, v, segments, sink
+    )
+
+
+def _own_heads(x: jax.Array, heads: int, groups: int) -> jax.Array:
+    """Of all key heads [B, T, N, K], those of this device's query heads, one each or one for all."""
+    first = jax.lax.axis_index("tensor") * heads
+    if groups % heads == 0:
+        return jax.lax.dynamic_slice_in_dim(x, first // groups, 1, axis=2)
+    return jnp.take(x, (first + jnp.arange(heads, dtype=jnp.int32)) // groups, axis=2)
+
+
+def _shift(x: Any, size: int, by: int = 1) -> Any:
+    """What the device `by` places before holds; of the last ones, where there is none before."""
+    return jax.lax.ppermute(x, "context", [(i, (i + by) % size) for i in range(size)])
+
+
+def _halo(
+    size: int,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segments: jax.Array,
+    sink: jax.Array | None,
+    window: int,
+    options: dict[str, Any],
+) -> jax.Array:
+    """Window attention with the `window - 1` positions before this device's."""
+    here, own = jax.lax.axis_index("context"), q.shape[1]
+    reach = min(window - 1, (size - 1) * own)
+    rows = [(k, v, segments)]
+    for by in range(1, -(-reach // own) + 1):
+        needed = min(own, reach - (by - 1) * own)
+        before = _shift(tuple(x[:, own - needed :] for x in (k, v, segments)), size, by)
+        rows.insert(0, (*before[:2], jnp.where(here >= by, before[2], 0)))
+    k, v, kv_segments = (jnp.concatenate(parts, axis=1) for parts in zip(*rows, strict=True))
+    return flash_attention(
+        q,
+        k,
+        v,
+        q_start=reach,
+        window=window,
+        q_segments=segments,
+        kv_segments=kv_segments,
+        sink=sink,
+        **options,
+    )
+
+
+Fixed = tuple[int, tuple[tuple[str, Any], ...]]
+"""Devices of the ring, and options of the kernel."""
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _ring(
+    fixed: Fixed,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segments: jax.Array,
+    sink: jax.Array | None,
+) -> jax.Array:
+    return _ring_forward(fixed, q, k, v, segments, sink)[0]
+
+
+def _ring_forward(
+    fixed: Fixed,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segments: jax.Array,
+    sink: jax.Array | None,
+) -> tuple[jax.Array, Any]:
+    size, _ = fixed
+    seen = _own(fixed, segments, q, k, v)
+
+    def visit(by: jax.Array, carry: Any) -> Any:
+        seen, (k, v, theirs) = carry
+        k, v, theirs = _shift((k, v, theirs), size)
+        part = _visit(fixed, segments, _earlier(theirs, by), q, k, v)
+        return merge_attention([seen, part]), (k, v, theirs)
+
+    seen, _ = jax.lax.fori_loop(1, size, visit, (seen, (k, v, segments)))
+    out, lse = merge_attention([seen], sink)
+    return out, (q, k, v, segments, sink, out, lse)
+
+
+def _ring_backward(fixed: Fixed, saved: Any, d_out: jax.Array) -> tuple[Any, ...]:
+    size, _ = fixed
+    q, k, v, segments, sink, out, lse = saved
+    along = jnp.sum(d_out * out, axis=-1)  # [B, T, H]
+
+    def gradients(attend: Any, k: jax.Array, v: jax.Array) -> Any:
+        (part, part_lse), back = jax.vjp(attend, q, k, v)
+        share = jnp.exp(part_lse - lse)
+        d_lse = share * (jnp.sum(d_out * part, axis=-1) - along)
+        return back((d_out * share[..., None], d_lse))
+
+    d_q, d_k, d_v = gradients(functools.partial(_own, fixed, segments), k, v)
+
+    def visit(by: jax.Array, carry: Any) -> Any:
+        d_q, travelling = carry
+        k, v, theirs, d_k, d_v = _shift(travelling, size)
+        attend = functools.partial(_visit, fixed, segments, _earlier(theirs, by))
+        more_q, more_k, more_v = gradients(attend, k, v)
+        return d_q + more_q, (k, v, theirs, d_k + more_k, d_v + more_v)
+
+    d_q, (*_, d_k, d_v) = jax.lax.fori_loop(1, size, visit, (d_q, (k, v, segments, d_k, d_v)))
+    d_k, d_v = _shift((d_k, d_v), size)  # home
+    d_sink = None
+    if sink is not None:
+        d_sink = -jnp.sum(jnp.exp(sink[None, None] - lse) * along, axis=(0, 1)).astype(sink.dtype)
+    return d_q, d_k, d_v, None, d_sink
+
+
+_ring.defvjp(_ring_forward, _ring_backward)
+
+
+def _own(fixed: Fixed, segments: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array) -> Any:
+    """Attention to this device's own keys: those before each query."""
+    return partial_attention(q, k, v, q_segments=segments, kv_segments=segments, **dict(fixed[1]))
+
+
+def _visit(
+    fixed: Fixed,
+    segments: jax.Array,
+    theirs: jax.Array,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+) -> Any:
+    """Attention to keys of another device, all of them before the queries."""
+    return partial_attention(
+        q, k, v, causal=False, q_segments=segments, kv_segments=theirs, **dict(fixed[1])
+    )
+
+
+def _earlier(segments: jax.Array, by: jax.Array) -> jax.Array:
+    """Segments of the device `by` places before, as padding where the ring began anew: later ones."""
+    return jnp.where(jax.lax.axis_index("context") >= by, segments, 0)
+
+
+def routed_experts(
+    x: jax.Array,
+    ids: jax.Array,
+    weights: jax.Array,
+    kernels: dict[str, jax.Array],
+    **options: Any,
+) -> jax.Array:
+    """The weighted sum of each row's chosen experts.
+
+    `x` [..., D], on a mesh [B, T, D]; `ids` int32 [..., C], distinct for a row, E for none; `weights`
+    [..., C]; `kernels` and `options` are the other arguments of `expert_mlp`, the former with a
+    leading axis E. Returns an array like `x`.
+    """
+    mesh = current_mesh()
+    if mesh is None:
+        return _flat(x, ids, weights, kernels, options)
+    rows = partition(("batch", "length", None), x.shape, mesh)
+    specs = {
+        name: PartitionSpec("expert", *_hidden(name, array.ndim)) for name, array in kernels.items()
+    }
+
+    def local(
+        x: jax.Array, ids: jax.Array, weights: jax.Array, kernels: dict[str, jax.Array]
+    ) -> jax.Array:
+        if mesh.shape["expert"] > 1:
+            y = _travel(mesh.shape["expert"], x, ids, weights, kernels, options)
+        else:
+            y = _flat(x, ids, weights, kernels, options)
+        return y[None]
+
+    # Each device of the tensor axis has a part of the hidden units: their sums are summed here.
+    parts = jax.shard_map(
+        local,
+        in_specs=(rows, rows, rows, specs),
+        out_specs=PartitionSpec("tensor", *rows),
+        check_vma=False,
+    )(x, ids, weights, kernels)
+    return jnp.sum(parts, axis=0)
+
+
+def _hidden(name: str, ndim: int) -> tuple[str | None, ...]:
+    """Where the hidden units of an expert's array are, behind the axis of the experts."""
+    axes: list[str | None] = [None] * (ndim - 1)
+    axes[0 if name == "down" else -1] = "tensor"
+    return tuple(axes)
+
+
+def _flat(
+    x: jax.Array,
+    ids: jax.Array,
+    weights: jax.Array,
+    kernels: dict[str, jax.Array],
+    options: dict[str, Any],
+) -> jax.Array:
+    count = math.prod(x.shape[:-1])
+    flat = (a.reshape(count, a.shape[-1]) for a in (x, ids, weights))
+    w = (kernels[name] for name in ("gate", "up", "down"))
+    return expert_mlp(*flat, *w, **options).reshape(x.shape)
+
+
+def _travel(
+    size: int,
+    x: jax.Array,
+    ids: jax.Array,
+    weights: jax.Array,
+    kernels: dict[str, jax.Array],
+    options: dict[str, Any],
+) -> jax.Array:
+    """Rows to the devices of their experts and back, by all-to-all.
+
+    A device may be sent up to all rows of another one, so that none is ever dropped: there is room
+    for so many from each.
+    """
+    experts, choices, width = len(kernels["gate"]), ids.shape[-1], x.shape[-1]
+    flat = x.reshape(-1, width)
+    room = len(flat) * min(choices, experts)
+    to, at_home = (ids // experts).reshape(-1), (ids % experts).reshape(-1)
+    token = jnp.arange(to.shape[0], dtype=jnp.int32) // choices
+    # Place of a pair among those for the same device, in order.
+    same = to[:, None] == jnp.arange(size, dtype=jnp.int32)[None, :]
+    rank = jnp.sum(jnp.where(same, jnp.cumsum(same.astype(jnp.int32), axis=0) - 1, 0), axis=1)
+    place = jnp.where(to < size, to * room + rank, size * room)
+    sent = jnp.zeros((size * room, width), x.dtype).at[place].set(flat[token], mode="drop")
+    sent_ids = jnp.full(size * room, experts, jnp.int32).at[place].set(at_home, mode="drop")
+    rows, row_ids = (_exchange(array) for array in (sent, sent_ids))
+    y = _flat(rows, row_ids[:, None], jnp.ones((len(rows), 1), x.dtype), kernels, options)
+    back = _exchange(y).at[place].get(mode="fill", fill_value=0)
+    back = back.reshape(*ids.shape, width)
+    return jnp.einsum("btcd,btc->btd", back, weights.astype(x.dtype))
+
+
+def _exchange(x: jax.Array) -> jax.Array:
+    """Block i of each device to device i of the expert axis."""
+    return jax.lax.all_to_all(x, "expert", split_axis=0, concat_axis=0, tiled=True)
+
+
+def sum_over_positions(
+    function: Callable[..., jax.Array], table: jax.Array, *arrays: jax.Array
+) -> jax.Array:
+    """A sum over positions that takes a table with a row a token: each device adds up its own.
+
+    `function(table, *arrays, axis)` gets this device's rows of `table` [V, D] and its positions of
+    `arrays` [B, T, ...]; `axis` names the mesh axis over which the rows are spread, or is None. It
+    returns its share, float32 []: what all devices return is added.
+    """
+    mesh = current_mesh()
+    if mesh is None:
+        return function(table, *arrays, None)
+    rows = partition(("vocab", None), table.shape, mesh)
+    axis = None if rows[0] is None or mesh.shape["tensor"] == 1 else "tensor"
+    specs = [partition(("batch", "length"), array.shape[:2], mesh) for array in arrays]
+    # Where the table is whole, the devices of the tensor axis all compute the same.
+    copies = mesh.shape["tensor"] if axis is None else 1
+    shares = jax.shard_map(
+        lambda *local: function(*local, axis)[None] / copies,
+        in_specs=(rows, *specs),
+        out_specs=PartitionSpec(AXES),
+        check_vma=False,
+    )(table, *arrays)
+    return jnp.sum(shares)
