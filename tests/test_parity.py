@@ -137,7 +137,7 @@ def qwen3_moe() -> Family:
         "Qwen3Moe",
         {
             **SIZES,
-            "num_hidden_layers": 3,
+            "num_hidden_layers": 2,
             "head_dim": 16,
             "intermediate_size": 48,
             "moe_intermediate_size": 24,
@@ -148,7 +148,7 @@ def qwen3_moe() -> Family:
             "rope_parameters": {**yarn, "original_max_position_embeddings": 128},
         },
         config(
-            "GGG",
+            "GG",
             (kind("G", head_dim=16, rope_theta=1e6, rope_scaling=scaling, qk_norm="rms"),),
             moe=moe(8, 3),
         ),
@@ -199,7 +199,7 @@ def gpt_oss() -> Family:
         "GptOss",
         {
             **SIZES,
-            "num_hidden_layers": 4,
+            "num_hidden_layers": 2,
             "head_dim": 16,
             "intermediate_size": 24,
             "sliding_window": WINDOW,
@@ -209,7 +209,7 @@ def gpt_oss() -> Family:
             "rope_parameters": yarn,
         },
         config(
-            "LGLG",
+            "LG",
             (kind("L", "window", WINDOW, **alike), kind("G", **alike)),
             dense_layers=0,
             activation="clamped_swiglu",
@@ -277,17 +277,17 @@ def gemma3() -> Family:
         "Gemma3",
         {
             **SIZES,
-            "num_hidden_layers": 3,
+            "num_hidden_layers": 2,
             "head_dim": 16,
             "intermediate_size": 48,
             "sliding_window": WINDOW,
             "query_pre_attn_scalar": 24,
-            "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+            "layer_types": ["sliding_attention", "full_attention"],
             "final_logit_softcapping": 3.0,
             "rope_parameters": rope,
         },
         config(
-            "LLG",
+            "LG",
             (
                 kind("L", "window", WINDOW, **alike),
                 kind("G", **(alike | {"rope_theta": 1e6}), rope_scaling=RopeScaling("linear", 8.0)),
@@ -299,7 +299,7 @@ def gemma3() -> Family:
 
 
 def llama4() -> Family:
-    """Chunks with rotary positions and plain norms; every other layer full without positions,
+    """Chunks with rotary positions and plain norms; every other layer full without positions, its
     queries growing with length; experts weighed at their input, in every other layer, one shared."""
 
     def halves(x: np.ndarray) -> np.ndarray:
@@ -314,7 +314,7 @@ def llama4() -> Family:
         "Llama4",
         {
             **SIZES,
-            "num_hidden_layers": 4,
+            "num_hidden_layers": 3,
             "head_dim": 16,
             "intermediate_size": 24,
             "intermediate_size_mlp": 48,
@@ -328,7 +328,7 @@ def llama4() -> Family:
             "rope_parameters": llama3,
         },
         config(
-            "CGCG",
+            "CGC",
             (
                 kind(
                     "C",
