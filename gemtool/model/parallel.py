@@ -17,7 +17,6 @@ device they are that device's share.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -215,31 +214,37 @@ def routed_experts(
     x: jax.Array,
     ids: jax.Array,
     weights: jax.Array,
-    kernels: dict[str, jax.Array],
+    w: dict[str, jax.Array],
+    *,
+    weigh: str = "output",
     **options: Any,
 ) -> jax.Array:
     """The weighted sum of each row's chosen experts.
 
     `x` [..., D], on a mesh [B, T, D]; `ids` int32 [..., C], distinct for a row, E for none; `weights`
-    [..., C]; `kernels` and `options` are the other arguments of `expert_mlp`, the former with a
-    leading axis E. Returns an array like `x`.
+    [..., C], of each expert's "output" or, as `weigh` says, of its "input"; `w` and `options` are the
+    other arguments of `expert_mlp`, the former with a leading axis E. Returns an array like `x`.
     """
     mesh = current_mesh()
     if mesh is None:
-        return _flat(x, ids, weights, kernels, options)
+        return _weighed(_flat, weigh, x, ids, weights, w, options)
     rows = partition(("batch", "length", None), x.shape, mesh)
-    specs = {
-        name: PartitionSpec("expert", *_hidden(name, array.ndim)) for name, array in kernels.items()
-    }
+    hidden = {"w_down": 1, "b_down": None}  # which axis has the hidden units; the last of others
+    specs = {}
+    for name, array in w.items():
+        axes: list[str | None] = ["expert", *[None] * (array.ndim - 1)]
+        if (axis := hidden.get(name, -1)) is not None:
+            axes[axis] = "tensor"
+        specs[name] = PartitionSpec(*axes)
+    size, copies = mesh.shape["expert"], mesh.shape["tensor"]
+    run = functools.partial(_travel, size) if size > 1 else _flat
 
     def local(
-        x: jax.Array, ids: jax.Array, weights: jax.Array, kernels: dict[str, jax.Array]
+        x: jax.Array, ids: jax.Array, weights: jax.Array, w: dict[str, jax.Array]
     ) -> jax.Array:
-        if mesh.shape["expert"] > 1:
-            y = _travel(mesh.shape["expert"], x, ids, weights, kernels, options)
-        else:
-            y = _flat(x, ids, weights, kernels, options)
-        return y[None]
+        if "b_down" in w:
+            w = {**w, "b_down": w["b_down"] / copies}
+        return _weighed(run, weigh, x, ids, weights, w, options)[None]
 
     # Each device of the tensor axis has a part of the hidden units: their sums are summed here.
     parts = jax.shard_map(
@@ -247,28 +252,37 @@ def routed_experts(
         in_specs=(rows, rows, rows, specs),
         out_specs=PartitionSpec("tensor", *rows),
         check_vma=False,
-    )(x, ids, weights, kernels)
+    )(x, ids, weights, w)
     return jnp.sum(parts, axis=0)
 
 
-def _hidden(name: str, ndim: int) -> tuple[str | None, ...]:
-    """Where the hidden units of an expert's array are, behind the axis of the experts."""
-    axes: list[str | None] = [None] * (ndim - 1)
-    axes[0 if name == "down" else -1] = "tensor"
-    return tuple(axes)
+def _weighed(
+    run: Callable[..., jax.Array],
+    weigh: str,
+    x: jax.Array,
+    ids: jax.Array,
+    weights: jax.Array,
+    w: dict[str, jax.Array],
+    options: dict[str, Any],
+) -> jax.Array:
+    """`run` with weights of outputs; where inputs are weighed, each choice is a row of its own."""
+    if weigh == "output":
+        return run(x, ids, weights, w, options)
+    inputs = (x[..., None, :] * weights[..., None].astype(x.dtype)).reshape(-1, x.shape[-1])
+    y = run(inputs, ids.reshape(-1, 1), jnp.ones((len(inputs), 1), weights.dtype), w, options)
+    return jnp.sum(y.reshape(*ids.shape, x.shape[-1]), axis=-2)
 
 
 def _flat(
     x: jax.Array,
     ids: jax.Array,
     weights: jax.Array,
-    kernels: dict[str, jax.Array],
+    w: dict[str, jax.Array],
     options: dict[str, Any],
 ) -> jax.Array:
-    count = math.prod(x.shape[:-1])
-    flat = (a.reshape(count, a.shape[-1]) for a in (x, ids, weights))
-    w = (kernels[name] for name in ("gate", "up", "down"))
-    return expert_mlp(*flat, *w, **options).reshape(x.shape)
+    rows, choices, shares = (a.reshape(-1, a.shape[-1]) for a in (x, ids, weights))
+    given: dict[str, Any] = {**w, **options}
+    return expert_mlp(rows, choices, shares, **given).reshape(x.shape)
 
 
 def _travel(
@@ -276,7 +290,7 @@ def _travel(
     x: jax.Array,
     ids: jax.Array,
     weights: jax.Array,
-    kernels: dict[str, jax.Array],
+    w: dict[str, jax.Array],
     options: dict[str, Any],
 ) -> jax.Array:
     """Rows to the devices of their experts and back, by all-to-all.
@@ -284,7 +298,7 @@ def _travel(
     A device may be sent up to all rows of another one, so that none is ever dropped: there is room
     for so many from each.
     """
-    experts, choices, width = len(kernels["gate"]), ids.shape[-1], x.shape[-1]
+    experts, choices, width = len(w["w_gate"]), ids.shape[-1], x.shape[-1]
     flat = x.reshape(-1, width)
     room = len(flat) * min(choices, experts)
     to, at_home = (ids // experts).reshape(-1), (ids % experts).reshape(-1)
@@ -296,10 +310,10 @@ def _travel(
     sent = jnp.zeros((size * room, width), x.dtype).at[place].set(flat[token], mode="drop")
     sent_ids = jnp.full(size * room, experts, jnp.int32).at[place].set(at_home, mode="drop")
     rows, row_ids = (_exchange(array) for array in (sent, sent_ids))
-    y = _flat(rows, row_ids[:, None], jnp.ones((len(rows), 1), x.dtype), kernels, options)
+    y = _flat(rows, row_ids[:, None], jnp.ones((len(rows), 1), x.dtype), w, options)
     back = _exchange(y).at[place].get(mode="fill", fill_value=0)
     back = back.reshape(*ids.shape, width)
-    return jnp.einsum("btcd,btc->btd", back, weights.astype(x.dtype))
+    return jnp.einsum("...cd,...c->...d", back, weights.astype(x.dtype))
 
 
 def _exchange(x: jax.Array) -> jax.Array:
