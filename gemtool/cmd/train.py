@@ -64,6 +64,14 @@ def train(
             help="Compute a step in N parts, for less memory; N divides --batch.",
         ),
     ] = 1,
+    mesh: Annotated[
+        str | None,
+        typer.Option(
+            "--mesh",
+            metavar="AXIS=N,...",
+            help="Spread the run over devices along data, fsdp, expert, context and tensor.",
+        ),
+    ] = None,
     lr: Annotated[
         float | None,
         typer.Option(
@@ -130,6 +138,7 @@ def train(
         steps=steps,
         batch=batch,
         accumulate=accumulate,
+        mesh=mesh,
         lr=lr,
         warmup=warmup,
         eval=eval,

@@ -29,6 +29,36 @@ from gemtool.kernels.experts import expert_mlp
 from gemtool.model.mesh import AXES, current_mesh, partition
 
 
+def embedding_rows(table: jax.Array, tokens: jax.Array) -> jax.Array:
+    """The rows of `table` [V, D] of `tokens` int32, on a mesh [B, T]: -> [..., D].
+
+    Each device looks up its own tokens in its own rows of the table, so that the gradient of the
+    table is summed, and nobody gathers that of the activations.
+    """
+    mesh = current_mesh()
+    if mesh is None:
+        return jnp.take(table, tokens, axis=0)
+    rows = partition(("vocab", None), table.shape, mesh)
+    places = partition(("batch", "length"), tokens.shape, mesh)
+
+    def local(table: jax.Array, tokens: jax.Array) -> jax.Array:
+        here = jax.lax.axis_index("tensor")
+        index = tokens - here * (0 if rows[0] is None else len(table))
+        mine = (index >= 0) & (index < len(table))
+        if rows[0] is None:
+            mine = jnp.broadcast_to(here == 0, tokens.shape)
+        found = jnp.take(table, jnp.where(mine, index, 0), axis=0)
+        return jnp.where(mine[..., None], found, 0)[None]
+
+    parts = jax.shard_map(
+        local,
+        in_specs=(rows, places),
+        out_specs=PartitionSpec("tensor", *places, None),
+        check_vma=False,
+    )(table, tokens)
+    return jnp.sum(parts, axis=0)
+
+
 def packed_attention(
     q: jax.Array,
     k: jax.Array,

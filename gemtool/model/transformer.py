@@ -29,6 +29,7 @@ from gemtool.model.config import LayerKind, ModelConfig
 from gemtool.model.layers import gated_mlp, glu_of, norm, soft_cap
 from gemtool.model.mesh import constrain
 from gemtool.model.moe import Stats, moe_mlp, router_loss
+from gemtool.model.parallel import embedding_rows
 from gemtool.model.params import Tree
 
 
@@ -39,7 +40,7 @@ def embed(
     media: dict[str, MediaGroups] | None = None,
 ) -> jax.Array:
     """Tokens int32 [B, T], and media in the place of their soft positions -> float32 [B, T, D]."""
-    x = jnp.take(params["embedding"], tokens, axis=0) * jnp.float32(config.embedding_scale)
+    x = embedding_rows(params["embedding"], tokens) * jnp.float32(config.embedding_scale)
     flat = x.reshape(-1, config.d_model)
     for kind, groups in (media or {}).items():
         soft = encode_media(params, config, kind, groups.values)
