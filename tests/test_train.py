@@ -565,7 +565,7 @@ def test_init_with_an_extended_vocabulary(gemtool, monkeypatch, workshop, whole,
     np.testing.assert_array_equal(table[: old.size], before)
     for i in range(old.size, new.size):
         spelled = old.encode(new.piece_bytes(i))
-        np.testing.assert_allclose(table[i], before[spelled].mean(0), rtol=1e-6)
+        np.testing.assert_allclose(table[i], before[spelled].mean(0, dtype=np.float64), rtol=1e-6)
 
     write_shards(tmp_path / "shards", new, lines[:9] * 9)
     gemtool(
