@@ -35,8 +35,8 @@ def train(
             "--model",
             metavar="PRESET|FILE",
             autocompletion=presets,
-            help="Architecture: a preset or a TOML file; nano by default. Its vocabulary size and "
-            "soft tokens follow the data.",
+            help="Architecture: a preset (nano, mini, flash, pro) or a TOML file; nano by default. "
+            "Its vocabulary size and soft tokens follow the data.",
         ),
     ] = None,
     init: Annotated[

@@ -10,14 +10,17 @@ import jax
 import jax.numpy as jnp
 
 from gemtool.kernels.experts import expert_mlp
+from gemtool.kernels.glu import Glu
 from gemtool.model.config import ModelConfig, MoEConfig
-from gemtool.model.layers import swiglu
+from gemtool.model.layers import gated_mlp, glu_of
 from gemtool.model.params import Tree
 
 Stats = dict[str, jax.Array]
 
 
-def moe_mlp(p: Tree, moe: MoEConfig, x: jax.Array, present: jax.Array) -> tuple[jax.Array, Stats]:
+def moe_mlp(
+    p: Tree, config: ModelConfig, x: jax.Array, present: jax.Array
+) -> tuple[jax.Array, Stats]:
     """Experts' outputs for tokens `x` [M, D]; rows where `present` bool [M] is False give zeros
     from the routed experts and count in no statistic. Returns [M, D] and
 
@@ -25,13 +28,15 @@ def moe_mlp(p: Tree, moe: MoEConfig, x: jax.Array, present: jax.Array) -> tuple[
     - "z_loss" float32 []: mean squared log-partition of the router;
     - "balance_loss" float32 []: E * <load, mean probability>, 1 at balance.
     """
+    moe, glu = config.moe, glu_of(config)
+    assert moe is not None
     with jax.named_scope("router"):
         ids, weights, scores, logits = route(p, moe, x)
     ids = jnp.where(present[:, None], ids, moe.experts)
     with jax.named_scope("experts"):
-        y = expert_mlp(x, ids, weights, p["gate"], p["up"], p["down"])
+        y = _experts(p, moe, glu, x, ids, weights)
     if moe.shared_experts:
-        y = y + swiglu(x, **p["shared"])
+        y = y + gated_mlp(x, p["shared"], glu)
     count = jnp.maximum(jnp.sum(present.astype(jnp.float32)), 1.0)
     chosen = ids[:, :, None] == jnp.arange(moe.experts, dtype=jnp.int32)[None, None, :]
     load = jnp.sum(chosen.astype(jnp.float32), axis=(0, 1)) / (count * moe.top_k)
@@ -46,17 +51,50 @@ def moe_mlp(p: Tree, moe: MoEConfig, x: jax.Array, present: jax.Array) -> tuple[
     }
 
 
+def _experts(
+    p: Tree, moe: MoEConfig, glu: Glu, x: jax.Array, ids: jax.Array, weights: jax.Array
+) -> jax.Array:
+    """Outputs [M, D] of the chosen experts, ids and weights [M, top_k], for tokens [M, D]."""
+    names = ("gate", "up", "down")
+    w: Tree = {f"w_{name}": p[name] for name in names}
+    w |= {f"b_{name}": p.get(f"{name}_bias") for name in names}
+    if moe.weigh == "output":
+        return expert_mlp(x, ids, weights, **w, glu=glu)
+    # Each choice of a token is a token of its own, with an input of its own.
+    inputs = (x[:, None, :] * weights[:, :, None].astype(x.dtype)).reshape(-1, x.shape[1])
+    ones = jnp.ones((inputs.shape[0], 1), weights.dtype)
+    y = expert_mlp(inputs, ids.reshape(-1, 1), ones, **w, glu=glu)
+    return jnp.sum(y.reshape(*ids.shape, -1), axis=1)
+
+
 def route(
     p: Tree, moe: MoEConfig, x: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Who computes what: experts' ids int32 [M, top_k] (the lower id where scores tie), their weights
-    float32 [M, top_k] that sum to 1, and all scores and logits float32 [M, E]."""
+    """Who computes what: experts' ids int32 [M, top_k] (the lower id where scores tie) and their
+    weights float32 [M, top_k], and all scores and logits float32 [M, E]."""
     logits = jnp.einsum("md,de->me", x.astype(jnp.float32), p["router"])
+    if moe.router_bias:
+        logits = logits + p["router_bias"][None, :]
     scores = jax.nn.softmax(logits) if moe.score == "softmax" else jax.nn.sigmoid(logits)
     ranking = scores + p["bias"][None, :] if moe.balance == "bias" else scores
-    _, ids = jax.lax.top_k(jax.lax.stop_gradient(ranking), moe.top_k)
+    ranking = _within_best_groups(moe, jax.lax.stop_gradient(ranking))
+    _, ids = jax.lax.top_k(ranking, moe.top_k)
     weights = jnp.take_along_axis(scores, ids, axis=-1)
-    return ids, weights / jnp.sum(weights, axis=-1, keepdims=True), scores, logits
+    if moe.normalise:
+        weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
+    return ids, weights * moe.weight_scale, scores, logits
+
+
+def _within_best_groups(moe: MoEConfig, ranking: jax.Array) -> jax.Array:
+    """The ranking [M, E], -inf outside of each token's `top_groups` groups."""
+    if moe.top_groups == moe.groups:
+        return ranking
+    grouped = ranking.reshape(-1, moe.groups, moe.experts // moe.groups)
+    best, _ = jax.lax.top_k(grouped, min(2, grouped.shape[-1]))
+    _, chosen = jax.lax.top_k(jnp.sum(best, axis=-1), moe.top_groups)
+    groups = jnp.arange(moe.groups, dtype=jnp.int32)[None, None, :]
+    allowed = jnp.any(chosen[:, :, None] == groups, axis=1)
+    return jnp.where(allowed[:, :, None], grouped, -jnp.inf).reshape(ranking.shape)
 
 
 def router_loss(moe: MoEConfig, stats: Stats) -> jax.Array:

@@ -232,12 +232,20 @@ class _Run:
         return settings
 
     def _require_memory(self) -> None:
-        """Refuses a batch that cannot fit, before it is built.
+        """Refuses a model or a batch that cannot fit, before it is built.
 
         Raises:
-            UsageError: its arrays, and of a part of it what each layer hands on, exceed all memory.
+            UsageError: the parameters with their gradients and moments, or the arrays of a batch and
+                of a part of it what each layer hands on, exceed all memory.
         """
         options, length, there = self.options, self.loader.length, memory_size()
+        count, _ = count_params(self.config)
+        if there is not None and 16 * count > there:
+            raise UsageError(
+                f"{self.config.name}: to train its {count:,} parameters takes more than "
+                f"{16 * count / 1e9:,.0f} GB, the device has {there / 1e9:,.1f} GB; "
+                "take a smaller model"
+            )
         layers = len(self.config.layer_kinds)
         part = options.batch // options.accumulate
         needed = 4 * length * (5 * options.batch + part * self.config.d_model * layers)

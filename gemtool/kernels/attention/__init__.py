@@ -1,4 +1,4 @@
-"""Softmax attention with grouped heads, windows, packed segments, and a learned sink.
+"""Softmax attention with grouped heads, windows, chunks, packed segments, and a learned sink.
 
 The fast implementation is FlashAttention (arXiv 2205.14135): blocks of queries against blocks of
 keys with an online softmax, so that no [T, S] matrix ever exists and blocks that cannot be seen are
@@ -8,6 +8,7 @@ never visited.
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 
 from gemtool.kernels.attention.reference import attention_reference
 from gemtool.kernels.attention.xla import attention_xla
@@ -36,7 +37,8 @@ def flash_attention(
 
     A query at absolute position `p = q_start + t` sees key `s` if all of these hold: `s <= p`
     (when causal); `s > p - window` (when there is a window); `s < kv_length`; the segments of
-    both are equal and not 0 (when given). A query that sees nothing returns zeros.
+    both are equal and not 0 (when given). A query that sees nothing returns zeros. For chunked
+    attention see `chunk_segments`.
 
     Work is proportional to the visible blocks: a buffer of keys may be far larger than
     `kv_length`, and a window makes the cost linear in T. Scores, softmax and sums are float32
@@ -97,6 +99,26 @@ def flash_attention(
         sink=sink,
         soft_cap=soft_cap,
     )
+
+
+def chunk_segments(positions: jax.Array, segments: jax.Array, chunk: int) -> jax.Array:
+    """The segments with which `flash_attention` is chunked attention: a query sees the keys of its
+    own chunk of `chunk` positions, counted from the beginning of its document.
+
+    Blocks of other chunks are skipped as those of other documents are.
+
+    Args:
+        positions: int32 [B, T], ascending within a document.
+        segments: int32 [B, T], the document of each position, ascending; 0 is padding.
+        chunk: at least 1.
+
+    Returns:
+        int32 [B, T]: the number of the chunk in its row, from 1; 0 where `segments` is.
+    """
+    index = positions // chunk
+    begins = (segments[:, 1:] != segments[:, :-1]) | (index[:, 1:] != index[:, :-1])
+    count = jnp.cumsum(jnp.pad(begins, ((0, 0), (1, 0))), axis=1, dtype=jnp.int32)
+    return jnp.where(segments == 0, 0, count + 1)
 
 
 def _shapes(*arrays: jax.Array) -> str:
