@@ -111,13 +111,19 @@ class progress:  # noqa: N801 (used as a function: `with progress(...) as bar`)
         total: how many units there are, if known.
         unit: name of what is counted, in the plural.
         every: seconds between log lines where there is no terminal.
+        start: how many units were done before.
     """
 
     def __init__(
-        self, what: str, total: float | None = None, unit: str = "items", every: float = 30.0
+        self,
+        what: str,
+        total: float | None = None,
+        unit: str = "items",
+        every: float = 30.0,
+        start: float = 0,
     ) -> None:
         self.what, self.total, self.unit, self.every = what, total, unit, every
-        self.count = 0.0
+        self.count = float(start)
         self._first: tuple[float, float] | None = None
         self._rich: Any = None
 
@@ -148,7 +154,9 @@ class progress:  # noqa: N801 (used as a function: `with progress(...) as bar`)
                 transient=True,
                 redirect_stdout=sys.stdout.isatty(),
             )
-            self._task = self._rich.add_task(self.what, total=self.total, note="")
+            self._task = self._rich.add_task(
+                self.what, total=self.total, completed=self.count, note=""
+            )
             self._rich.start()
             _settings.bar = True
         return self
