@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from functools import partial
 from typing import Any
 
@@ -12,9 +13,10 @@ import pytest
 
 from gemtool.errors import UsageError
 from gemtool.model.batch import Batch, MediaGroups
-from gemtool.model.config import ModelConfig
+from gemtool.model.config import PRESETS, ModelConfig, load_preset
 from gemtool.model.mesh import (
     AXES,
+    RULES,
     describe,
     make_mesh,
     param_shardings,
@@ -22,7 +24,7 @@ from gemtool.model.mesh import (
     partition,
     require_fit,
 )
-from gemtool.model.params import flatten, init_params
+from gemtool.model.params import flatten, init_params, param_specs
 from gemtool.model.transformer import forward
 from gemtool.train.objectives import next_token_loss
 
@@ -32,7 +34,7 @@ CONFIG = ModelConfig.from_dict(
         "name": "mesh",
         "vocab_size": 96,
         "d_model": 32,
-        "layers": "LGL",
+        "layers": "LGC",
         "d_ff": 64,
         "kv_dtype": "float32",
         "kinds": {
@@ -43,6 +45,10 @@ CONFIG = ModelConfig.from_dict(
             "G": {
                 "heads": 8, "kv_heads": 2, "head_dim": 8, "sink": True, "qk_conv": 8,
                 "key_shift": 1, "tie_qk_init": True,
+            },
+            "C": {
+                "attention": "chunk", "window": 10, "heads": 4, "kv_heads": 1, "head_dim": 8,
+                "rope_theta": 1e4, "qk_norm": "none", "soft_cap": 5.0,
             },
         },
         "moe": {"experts": 8, "top_k": 3, "d_expert": 16, "shared_experts": 1},
@@ -57,6 +63,15 @@ TOGETHER = [
     "data=2,expert=4",
     "fsdp=2,context=4",
 ]
+# Llama 4 weighs inputs, gpt-oss has biases: what a device adds must be added once.
+BIASED = dataclasses.replace(
+    CONFIG,
+    layers="LG",
+    logit_soft_cap=8.0,
+    moe=dataclasses.replace(
+        CONFIG.moe, weigh="input", expert_bias=True, router_bias=True, shared_experts=0
+    ),
+)
 OUTPUT = {"rtol": 2e-4, "atol": 2e-4}
 
 
@@ -116,19 +131,29 @@ def spread(batch: Batch, mesh: Any) -> Batch:
 
 @pytest.mark.parametrize("text", ALONE + TOGETHER)
 def test_sharded_equals_unsharded(text: str, unsharded: tuple[Any, Batch, Any]) -> None:
-    params, batch, (outputs, gradients) = unsharded
+    params, batch, expected = unsharded
+    require_equal(CONFIG, text, params, batch, expected)
+
+
+def test_what_each_device_adds_is_added_once() -> None:
+    params, batch = init_params(BIASED, jax.random.key(1)), make_batch(1)
+    params = jax.tree.map(lambda x: x + 0.02, params)  # biases begin at zero
+    text = "expert=2,context=2,tensor=2"
+    require_equal(BIASED, text, params, batch, run(BIASED, params, batch))
+
+
+def require_equal(config: ModelConfig, text: str, params: Any, batch: Batch, expected: Any) -> None:
+    outputs, gradients = expected
     mesh = make_mesh(parse_mesh(text))
     with jax.set_mesh(mesh):
-        cut = jax.device_put(params, param_shardings(CONFIG, mesh))
-        got_outputs, got_gradients = run(CONFIG, cut, spread(batch, mesh))
+        cut = jax.device_put(params, param_shardings(config, mesh))
+        got_outputs, got_gradients = run(config, cut, spread(batch, mesh))
     for got, want in zip(jax.tree.leaves(got_outputs), jax.tree.leaves(outputs), strict=True):
         np.testing.assert_allclose(got, want, **OUTPUT)
-    expected = flatten(gradients)
+    wanted = flatten(gradients)
     for path, got in flatten(got_gradients).items():
-        largest = np.abs(expected[path]).max()
-        np.testing.assert_allclose(
-            got, expected[path], rtol=1e-3, atol=2e-5 * largest + 1e-6, err_msg=path
-        )
+        atol = 2e-5 * np.abs(wanted[path]).max() + 1e-6
+        np.testing.assert_allclose(got, wanted[path], rtol=1e-3, atol=atol, err_msg=path)
 
 
 def test_parameters_are_really_cut() -> None:
@@ -189,3 +214,42 @@ def test_meshes_have_all_axes() -> None:
     assert make_mesh(parse_mesh("")).shape == dict.fromkeys(AXES, 1)
     with pytest.raises(UsageError, match="takes 16 devices; there are 8"):
         make_mesh({"data": 16})
+
+
+def test_every_axis_of_every_preset_has_a_rule() -> None:
+    for name in PRESETS:
+        for path, spec in flatten(param_specs(load_preset(name))).items():
+            assert {*spec.axes} - {None} <= RULES.keys(), path
+
+
+# What a program sends. Compiled for CPU devices, where sums that are cut stay sums of everything.
+SENDS = ("all-reduce", "all-gather", "all-to-all", "collective-permute")
+
+
+def sent(text: str) -> set[str]:
+    """The collectives of a forward and backward pass over text."""
+    batch = dataclasses.replace(make_batch(), media={})
+    mesh = make_mesh(parse_mesh(text))
+    with jax.set_mesh(mesh):
+        params = jax.device_put(
+            init_params(CONFIG, jax.random.key(0)), param_shardings(CONFIG, mesh)
+        )
+        step = jax.jit(jax.grad(lambda p, b: objective(p, CONFIG, b)[0]))
+        program = step.lower(params, spread(batch, mesh)).compile().as_text()
+    return {name for name in SENDS if re.search(rf"\b{name}(-start)?\(", program)}
+
+
+@pytest.mark.parametrize(
+    ("text", "must", "must_not"),
+    [
+        ("data=8", {"all-reduce"}, {"all-to-all", "collective-permute", "all-gather"}),
+        ("fsdp=8", {"all-gather", "all-reduce"}, {"collective-permute"}),
+        ("expert=8", {"all-to-all", "all-reduce"}, {"collective-permute"}),
+        ("context=8", {"collective-permute", "all-reduce"}, {"all-to-all"}),
+        ("tensor=4", {"all-reduce"}, {"all-to-all", "collective-permute"}),
+    ],
+)
+def test_each_axis_sends_what_it_should(text: str, must: set[str], must_not: set[str]) -> None:
+    found = sent(text)
+    assert must <= found
+    assert not must_not & found
