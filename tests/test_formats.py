@@ -31,7 +31,7 @@ from tests.samples import NAMES, RECORDS, TEXT, kind_of, sample
 from tests.test_audio import chirp
 from tests.test_image import only_piece
 from tests.test_tokenize import read, rows
-from tests.test_video import GOP, film, frames_of, outline, picture
+from tests.test_video import GOP, ffmpeg, film, frames_of, outline, picture
 
 
 def made(name: str) -> bytes:
@@ -123,7 +123,7 @@ def test_compressed_text_through_the_command(gemtool: Command, tmp_path: Path) -
     assert line.startswith("gemtool: error: cut.txt.gz: damaged or truncated gzip")
     (tmp_path / "p.gz").write_bytes(gzip.compress(sample("png")))
     done = gemtool("tokenize", "p.gz", check=False)
-    assert done.returncode == 1
+    assert done.returncode == 3
     assert b"p.gz: of compressed files only text is read; unpack it first" in done.stderr
 
 
@@ -225,6 +225,31 @@ def test_a_picture_beyond_8k_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
         list(video_pieces(film(seconds=1), MediaSettings(), "big"))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("codec", "options", "code"),
+    # Ten bits: 100 MB a picture. HEVC holds nine of them.
+    [("libx264", ["-preset", "ultrafast"], 0), ("libx265", ["-preset", "ultrafast"], 3)],
+)
+def test_8k_of_ten_bits(
+    gemtool: Command, tmp_path: Path, codec: str, options: list[str], code: int
+) -> None:
+    ffmpeg(
+        "-f", "lavfi", "-i", "testsrc=size=7680x4320:rate=10", "-frames:v", 8,
+        "-pix_fmt", "yuv420p10le", "-c:v", codec, *options, tmp_path / "a.mkv",
+    )  # fmt: skip
+    done = gemtool("tokenize", "a.mkv", "--fps", 10, "--count", "--no-timestamps", check=False)
+    assert done.returncode == code
+    if code:
+        (line,) = done.stderr.decode().splitlines()
+        assert line == (
+            "gemtool: error: a.mkv: needs more than the 768 MiB of memory that decoding may take; "
+            "scale it down: ffmpeg -i IN -vf scale=1920:-2 OUT.mkv"
+        )
+    else:
+        assert b'"video": 2064' in done.stdout  # all eight
+
+
 def test_variable_frame_rate() -> None:
     # Frames at 0, 0.04, ... for 2 s, then one every second, then dense again.
     times = [*range(50), 75, 100, 125, *range(150, 200)]
@@ -298,15 +323,31 @@ def test_no_sound_at_all() -> None:
     assert outline(list(video_pieces(data, MediaSettings(), "x"))) == "tv" * 3
 
 
-def test_odd_sizes_of_video() -> None:
+@pytest.mark.parametrize("size", [(33, 7), (1, 1), (3, 1)])
+def test_odd_sizes_of_video(size: tuple[int, int]) -> None:
+    width, height = size
     file = io.BytesIO()
     with av.open(file, "w", format="matroska") as output:
         stream = output.add_stream("ffv1", rate=5)
-        stream.width, stream.height, stream.pix_fmt = 33, 7, "yuv444p"
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv444p"
         for _ in range(5):
-            pixels = np.full((7, 33, 3), (200, 100, 50), np.uint8)
+            pixels = np.full((height, width, 3), (200, 100, 50), np.uint8)
             output.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, "rgb24")))
         output.mux(stream.encode(None))
     (piece,) = video_pieces(file.getvalue(), MediaSettings(timestamps=False), "x")
     assert piece.payload is not None
     assert np.allclose(unpatchify(piece.payload), (200, 100, 50), atol=3)
+
+
+@pytest.mark.parametrize("format", ["rgb48be", "rgba64be", "gray16be"])
+def test_sixteen_bits_a_sample(format: str) -> None:
+    colour = np.array([0x8080, 0x4040, 0xC0C0, 0xFFFF])
+    channels = {"rgb48be": 3, "rgba64be": 4, "gray16be": 1}[format]
+    pixels = np.broadcast_to(colour[:channels], (20, 30, channels)).astype(np.uint16)
+    frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels).squeeze(), format)
+    encoder: Any = av.CodecContext.create("png", "w")
+    encoder.width, encoder.height, encoder.pix_fmt = 30, 20, format
+    encoder.time_base = Fraction(1, 1)
+    data = b"".join(bytes(packet) for packet in [*encoder.encode(frame), *encoder.encode(None)])
+    expected = (0x80, 0x80, 0x80) if channels == 1 else (0x80, 0x40, 0xC0)
+    assert np.allclose(only_piece(data), expected, atol=1)

@@ -25,7 +25,8 @@ from gemtool.control import (
 from gemtool.data.arrays import media_groups
 from gemtool.data.packing import Packer
 from gemtool.data.settings import MediaSettings
-from gemtool.data.shards import ShardFolder, create_shards
+from gemtool.data.sharding import create_shards
+from gemtool.data.shards import ShardFolder
 from gemtool.errors import CorruptInput, GemtoolError, UsageError
 from gemtool.stream.spans import KINDS, Header, Span
 from gemtool.train.loader import Loader, build_batch, evaluation_batches, open_data
@@ -241,6 +242,20 @@ def test_each_pass_is_another_permutation(folders, loader):
     assert [rows[next(again).tokens.tobytes()] for _ in rows] == passes[0]
     other = loader([(folder, 1.0)], batch_size=1, seed=4)
     assert [rows[next(other).tokens.tobytes()] for _ in rows] != passes[0]
+
+
+def test_texts_are_read_by_column(folders, loader, monkeypatch):
+    """The loader makes no object of a span that has no media."""
+
+    def refuse(*arguments):
+        raise AssertionError("a span was made")
+
+    expected = [next(loader([(folders[0], 1.0)], batch_size=2)) for _ in range(3)]
+    monkeypatch.setattr("gemtool.stream.rows.spans_of", refuse)
+    found = [next(loader([(folders[0], 1.0)], batch_size=2)) for _ in range(3)]
+    assert [as_bytes(batch) for batch in found] == [as_bytes(batch) for batch in expected]
+    with pytest.raises(AssertionError, match="a span was made"):
+        list(evaluation_batches(folders[1], 2))
 
 
 def test_weights_are_shares_of_the_sequences(folders, loader):

@@ -215,7 +215,7 @@ def test_a_finished_file_must_be_of_the_same_run(
         (("--haystack", "hay.txt"), "haystack"),
         (("--lengths", "200"), "length 300"),
         (("--lengths", "200,250,300"), "length 250"),
-        (("--depths", "3"), "depth 0.5" if summary else "answer"),
+        (("--depths", "3"), "depth 0.5" if summary else "--depths"),
         (("--cases", "3"), "cases 3" if summary else "case 2"),
         (() if summary else ("--summary",), "a row a"),
     ):
@@ -282,7 +282,10 @@ def test_resuming_with_other_cases_is_refused(
         gemtool("probe", "needle", "--ckpt", checkpoint, "--lengths", 200).stdout.splitlines()[0]
     )
     partial = tmp_path / "rows.jsonl.partial"
-    for change, message in ({"answer": "1"}, b"answer"), ({"length": 201}, b"length 201"):
+    for change, message in (
+        ({"answer": "1"}, b"other --lengths, --depths or --cases"),
+        ({"length": 201}, b"length 201"),
+    ):
         partial.write_text(json.dumps({**row, **change}) + "\n")
         arguments = ("--lengths", 200, "--resume", "-o", "rows.jsonl")
         done = gemtool("probe", "needle", "--ckpt", checkpoint, *arguments, check=False)

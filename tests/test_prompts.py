@@ -28,8 +28,8 @@ def test_prompts_are_read_line_by_line() -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", "line 1, column 2: not JSON: .*; expected an object"),
-        ('{"prompt": "a",}', "line 1, column 16: not JSON"),
+        ("{", "line 1: not JSON: .*, at column 2; expected an object"),
+        ('{"prompt": "a",}', "line 1: not JSON: .*, at column 16"),
         ('{"prompt": ""}', "line 1: 'prompt' is empty; expected a question"),
         ("[]", "not a JSON object"),
         ("{}", "no field 'prompt'"),

@@ -6,22 +6,31 @@ import fcntl
 import io
 import json
 import os
-import signal
-import subprocess
-import sys
-import time
+import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
 from gemtool.cmd.shard import parse_size
+from gemtool.data.image import patchify
+from gemtool.data.manifest import encode_manifest
 from gemtool.data.packing import Packer
-from gemtool.data.shards import ShardFolder, create_shards
+from gemtool.data.pixels import PixelFormat, decode_pixels
+from gemtool.data.sharding import create_shards
+from gemtool.data.shards import ShardFolder
 from gemtool.errors import CorruptInput, GemtoolError, UsageError
+from gemtool.stream.checked import batch_crc32
 from gemtool.stream.files import LOCK
-from gemtool.stream.spans import ArrowSpanWriter, Header, Span
-from tests.conftest import command_environment
+from gemtool.stream.spans import (
+    KINDS,
+    SPAN_SCHEMA,
+    ArrowSpanWriter,
+    Header,
+    Span,
+    batch_of,
+)
 
 LENGTH = 300
 HEADER = Header(
@@ -86,8 +95,10 @@ def test_every_sequence_comes_back(tmp_path, chunk):
     chunk = min(chunk, LENGTH)
     chunks = -(-LENGTH // chunk)
     with pa.ipc.open_file(str(tmp_path / "s" / "part-00000.arrow")) as reader:
-        assert reader.num_record_batches == folder.manifest["files"][0]["sequences"] * chunks
-        for i in range(reader.num_record_batches):
+        batches = folder.manifest["files"][0]["sequences"] * chunks
+        assert reader.num_record_batches == batches + 1  # the last one has the index
+        assert reader.get_batch(batches).num_rows == 0
+        for i in range(batches):
             batch = reader.get_batch(i)
             assert {seq.as_py() for seq in batch["seq"]} <= {i // chunks}
             assert {at.as_py() // chunk for at in batch["offset"]} <= {i % chunks}
@@ -148,19 +159,6 @@ def test_sequences_with_gaps_are_refused(tmp_path, offset, segment):
     assert not (tmp_path / "s").exists()
 
 
-def test_complete_folders_are_replaced_only_on_request(gemtool, tmp_path):
-    small, large = stream(packed_spans(5)), stream(packed_spans(40))
-    gemtool("shard", "-o", "s", "--shard-size", "50kB", input=large)
-    before = ShardFolder(tmp_path / "s").fingerprint
-    done = gemtool("shard", "-o", "s", input=small, check=False)
-    assert done.returncode == 2
-    assert b"add -f" in done.stderr
-    assert ShardFolder(tmp_path / "s").fingerprint == before
-    gemtool("shard", "-o", "s", "-f", input=small)
-    ShardFolder(tmp_path / "s").verify()
-    assert len(list((tmp_path / "s").glob("*.arrow"))) == 1  # no parts of the larger one are left
-
-
 def test_other_peoples_folders_are_left_alone(gemtool, tmp_path):
     (tmp_path / "s").mkdir()
     for name in ("part-00000.arrow", "thesis.tex"):
@@ -208,48 +206,7 @@ def test_a_second_writer_is_kept_out(gemtool, tmp_path):
     assert b"another process is writing it" in done.stderr
 
 
-# The command. Where tests run in the background, SIGINT is ignored, also by what they start; and a
-# preexec_fn would fork a process that jax may live in.
-START = """
-import signal
-signal.signal(signal.SIGINT, signal.default_int_handler)
-from gemtool.__main__ import main
-main()
-"""
-
-
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
-def test_interrupted_and_run_again(gemtool, tmp_path, number):
-    first, rest = stream(packed_spans(20, 1)), stream(packed_spans(20, 2))
-    running = subprocess.Popen(
-        [sys.executable, "-c", START, "shard", "-o", "s", "--shard-size", "100kB", "--no-pg"],
-        stdin=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        cwd=tmp_path,
-        env=command_environment(),
-    )
-    with running:
-        assert running.stdin is not None
-        running.stdin.write(first)  # and then the rest is awaited
-        running.stdin.flush()
-        waited = time.monotonic() + 60
-        while not (tmp_path / "s" / "part-00001.arrow").exists() and time.monotonic() < waited:
-            time.sleep(0.02)
-        running.send_signal(number)
-        said = running.communicate(timeout=30)[1].decode()
-        code = running.returncode
-    assert all(line.startswith("gemtool: ") for line in said.splitlines() if line), said
-    if number != signal.SIGKILL:
-        assert code == 128 + number
-        assert not (tmp_path / "s").exists()
-    else:
-        with pytest.raises(GemtoolError, match="did not finish"):
-            ShardFolder(tmp_path / "s")
-    arguments = ["--shard-size", "100kB", "--no-pg"]
-    gemtool("shard", "-o", "s", *arguments, input=first + rest)
-    gemtool("shard", "-o", "undisturbed", *arguments, input=first + rest)
-    files = {file.name: file.read_bytes() for file in (tmp_path / "s").iterdir()}
-    assert files == {f.name: f.read_bytes() for f in (tmp_path / "undisturbed").iterdir()}
+# Damage
 
 
 @pytest.fixture
@@ -305,20 +262,156 @@ def test_a_flipped_byte_never_gives_a_wrong_sequence(folder):
     assert noticed > 90  # the others are in padding between buffers
 
 
+def write_version_1(folder, spans: list[Span], chunk: int = 64) -> None:
+    """As this format was written first: no index, each batch with its own checksum."""
+    folder.mkdir()
+    file = folder / "part-00000.arrow"
+    with file.open("wb") as sink, pa.ipc.new_file(sink, SPAN_SCHEMA) as writer:
+        for seq in range(spans[-1].seq + 1):
+            here = [span for span in spans if span.seq == seq]
+            for at in range(0, LENGTH, chunk):
+                batch = batch_of([span for span in here if at <= span.offset < at + chunk])
+                writer.write_batch(batch, custom_metadata={"crc32": str(batch_crc32(batch))})
+    entry = {
+        "name": file.name,
+        "sequences": spans[-1].seq + 1,
+        "bytes": file.stat().st_size,
+        "crc32": zlib.crc32(file.read_bytes()),
+    }
+    tokens = {kind: sum(len(s.tokens) for s in spans if s.kind == kind) for kind in KINDS}
+    manifest = {
+        "format": "gemtool shards",
+        "version": 1,
+        "complete": True,
+        "length": LENGTH,
+        "chunk": chunk,
+        "sequences": spans[-1].seq + 1,
+        "tokens": tokens,
+        "files": [entry],
+        "vocab": HEADER.vocab,
+        "settings": HEADER.settings,
+        "pg": [],
+    }
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_version_1_is_read_and_checked(gemtool, tmp_path):
+    spans = packed_spans(10)
+    write_version_1(tmp_path / "s", spans)
+    folder = ShardFolder(tmp_path / "s")
+    folder.verify()
+    for index in range(len(folder)):
+        assert_same(folder[index], [span for span in spans if span.seq == index])
+    done = gemtool("shard", "-o", "s", input=stream(spans), check=False)
+    assert done.returncode == 2
+    assert b"another version (1, not 2); add -f" in done.stderr
+    file = tmp_path / "s" / "part-00000.arrow"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:9000] + bytes([whole[9000] ^ 1]) + whole[9001:])
+    with pytest.raises(CorruptInput, match=r"part-00000\.arrow: damaged"):
+        [folder[i] for folder in [ShardFolder(tmp_path / "s")] for i in range(len(folder))]
+
+
+def test_threads_read_the_same(folder):
+    shards = ShardFolder(folder)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda i: shards[i % len(shards)].tokens, range(4 * len(shards))))
+    for index, tokens in enumerate(found):
+        expected = np.concatenate(
+            [span.tokens for span in ShardFolder(folder)[index % len(shards)]]
+        )
+        np.testing.assert_array_equal(tokens, expected)
+
+
+# Pictures
+
+
+def smooth_spans(count: int = 6) -> list[Span]:
+    """A gradient with a disc and some noise each; and a sound."""
+    rng = np.random.default_rng(0)
+    y, x = np.mgrid[:224, :224] / 224
+    tokens = np.array([8, *[7] * 256, 9], np.int32)
+
+    def spans():
+        for i in range(count):
+            disc = (np.hypot(x - 0.5, y - 0.1 * i) < 0.2) * 80
+            pixels = np.stack([x * 160 + disc, y * 160, (x + y) * 60 + disc], axis=2)
+            payload = patchify((pixels + rng.integers(0, 6, pixels.shape)).astype(np.uint8))
+            yield Span(f"d{i}", 0, "image", tokens, payload=payload)
+            sound = np.full((25, 4, 80), i, np.float16)
+            yield Span(f"d{i}", 1, "audio", np.full(25, 13, np.int32), 258, payload=sound)
+
+    return list(Packer(LENGTH).pack(spans()))
+
+
+def test_pixels_may_be_stored_as_pictures(gemtool, tmp_path):
+    spans = smooth_spans()
+    sizes = {}
+    for media in ("raw", "png", "jpeg:90", "jpeg:30"):
+        gemtool("shard", "-o", media, "--media", media, input=stream(spans))
+        folder = ShardFolder(tmp_path / media)
+        folder.verify()
+        assert folder.manifest["media"] == media
+        sizes[media] = sum(entry["bytes"] for entry in folder.manifest["files"])
+        found = [span for sequence in folder for span in sequence]
+        if not media.startswith("jpeg"):
+            assert_same(found, spans)
+            continue
+        for span, original in zip(found, spans, strict=True):
+            np.testing.assert_array_equal(span.tokens, original.tokens)
+            if span.kind == "audio":
+                np.testing.assert_array_equal(span.payload, original.payload)
+                continue
+            assert span.payload.shape == original.payload.shape
+            error = np.mean((span.payload.astype(float) - original.payload) ** 2)
+            assert 10 * np.log10(255**2 / error) > (35 if media == "jpeg:90" else 30)  # PSNR in dB
+    assert sizes["jpeg:30"] < sizes["jpeg:90"] < sizes["png"] < sizes["raw"] / 2
+    stats = [json.loads(gemtool("view", "--stats", media).stdout) for media in ("raw", "jpeg:90")]
+    assert stats[0] == stats[1]
+    again = gemtool("shard", "-o", "jpeg:90", "--media", "jpeg:90", input=stream(spans))
+    assert b"complete already" in again.stderr
+
+
+@pytest.mark.parametrize("media", ["jpg", "jpeg", "jpeg:0", "jpeg:101", "jpeg:9.5", "PNG"])
+def test_other_forms_of_media_are_refused(gemtool, media):
+    done = gemtool("shard", "-o", "s", "--media", media, input=stream([]), check=False)
+    assert done.returncode == 2
+    assert b"expected raw, png, or jpeg:Q" in done.stderr
+
+
+def test_pictures_that_are_not_what_is_said_are_refused():
+    picture, dtype, shape = PixelFormat.parse("png").encode(smooth_spans(1)[0])
+    assert decode_pixels(picture, "uint8", shape) is None
+    for raw, said in ((picture[:-30], shape), (picture, [64, 14, 14, 3]), (picture[9:], shape)):
+        with pytest.raises(ValueError, match="a damaged png picture"):
+            decode_pixels(raw, dtype, said)
+    odd = Span("a", 0, "image", np.full(3, 7, np.int32), payload=np.zeros((3, 14, 14, 3), np.uint8))
+    assert PixelFormat.parse("png").encode(odd)[1] == "uint8"  # no square: kept as it is
+
+
 def test_bad_manifests_are_explained(folder):
     file = folder / "manifest.json"
     good = json.loads(file.read_bytes())
     for change, error in (
-        ({"version": 2}, "version 2; this gemtool reads up to 1"),
+        ({"version": 3}, "version 3; this gemtool reads up to 2"),
         ({"format": "x"}, "not the manifest"),
         ({"files": None}, "malformed"),
         ({"chunk": 0}, "malformed"),
         ({"sequences": 3}, "says 3 sequences"),
         ({"files": [{**good["files"][0], "name": "../x"}]}, "expected 'part-00000.arrow'"),
     ):
-        file.write_text(json.dumps({**good, **change}))
+        file.write_bytes(encode_manifest({**good, **change}))
         with pytest.raises(GemtoolError, match=error):
             ShardFolder(folder)
+        if "files" not in change:
+            file.write_text(
+                json.dumps({**good, **change})
+            )  # without the checksum that belongs to it
+            with pytest.raises(GemtoolError):
+                ShardFolder(folder)
+    file.write_text(json.dumps({**good, "settings": {}}))
+    with pytest.raises(CorruptInput, match="does not match its own checksum"):
+        ShardFolder(folder)
     file.write_text("{")
     with pytest.raises(CorruptInput, match="not JSON"):
         ShardFolder(folder)

@@ -104,16 +104,15 @@ def test_concatenated_streams_must_agree(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("format", ["arrow", "jsonl"])
 def test_truncated_anywhere(tmp_path: Path, format: str) -> None:
-    """Cut at many offsets: refused, or (behind the footer) complete; never a silent loss."""
+    """Cut at many offsets, the last ones too: always refused, naming the file."""
     spans = some_spans()
     data = write(tmp_path / "s", spans, format=format)
-    for cut in np.unique(np.linspace(0, len(data) - 1, 300).astype(int)):
+    # The last byte of JSONL is the end of its footer's line, which is whole without it.
+    last = len(data) - (format == "jsonl")
+    for cut in {*np.linspace(0, last - 1, 300).astype(int), *range(last - 20, last)}:
         (tmp_path / "cut").write_bytes(data[:cut])
-        try:
-            assert_same(read(tmp_path / "cut"), spans)
-            assert len(data) - cut <= 8, f"cut at {cut} of {len(data)} was not noticed"
-        except CorruptInput as problem:
-            assert "cut" in str(problem)  # names the file
+        with pytest.raises(CorruptInput, match="cut"):
+            read(tmp_path / "cut")
 
 
 def test_flipped_bits_are_never_believed(tmp_path: Path) -> None:

@@ -551,7 +551,7 @@ def test_missing_and_damaged_inputs(gemtool: Command, tmp_path: Path, media: Pat
     (tmp_path / "good.txt").write_text("good")
     (tmp_path / "bad.png").write_bytes((media / "small.png").read_bytes()[:900])
     (tmp_path / "zeros.dat").write_bytes(bytes(100))
-    for bad, code in (("gone.txt", 1), ("bad.png", 3), ("zeros.dat", 1)):
+    for bad, code in (("gone.txt", 1), ("bad.png", 3), ("zeros.dat", 3)):
         done = gemtool("tokenize", "good.txt", bad, "-o", "out", check=False)
         assert done.returncode == code
         (line,) = done.stderr.decode().splitlines()
@@ -573,7 +573,7 @@ def test_missing_media_names_the_line(gemtool: Command, tmp_path: Path) -> None:
     write_lines(tmp_path / "d.jsonl", {"text": "a"}, {"parts": [{"image": "gone.png"}]})
     done = gemtool("tokenize", "d.jsonl", check=False)
     assert done.returncode == 1
-    assert b"d.jsonl:2: gone.png: cannot be read: no such file or directory" in done.stderr
+    assert b"d.jsonl: line 2: gone.png: cannot be read: no such file or directory" in done.stderr
 
 
 def test_a_long_document_ends_where_it_is_damaged() -> None:

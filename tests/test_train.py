@@ -22,7 +22,7 @@ import pytest
 from gemtool.checkpoint import open_checkpoint
 from gemtool.data.packing import Packer
 from gemtool.data.settings import MediaSettings
-from gemtool.data.shards import create_shards
+from gemtool.data.sharding import create_shards
 from gemtool.data.vocab import Vocab, train_vocab
 from gemtool.errors import GemtoolError, UsageError
 from gemtool.model.batch import Batch, MediaGroups
@@ -305,7 +305,13 @@ def test_a_run_is_a_checkpoint(gemtool: Command, whole):
     assert checkpoint.config.vocab_size == VOCAB_SIZE
     assert checkpoint.card["metrics"] == rows[-1]
     assert "--steps 12" in checkpoint.card["pg"][-1]["command"]
-    assert b"tiny" in gemtool("view", run).stdout
+    shown = gemtool("view", run).stdout.decode().splitlines()
+    assert "model\ttiny" in shown
+    assert "step\t12" in shown
+    assert "states\t[8, 12]" in shown  # from which it can go on
+    refused = gemtool("view", "--frames", "d", run, check=False)
+    assert refused.returncode == 2
+    assert b"a checkpoint holds no pictures" in refused.stderr
 
 
 def weights(run: Path) -> bytes:

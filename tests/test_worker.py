@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import socket
@@ -20,7 +21,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gemtool.data import decoders
+from gemtool.data import decoders, worker
 from gemtool.data.decoders import Decoders, Job
 from gemtool.data.image import image_pieces
 from gemtool.data.pieces import Piece
@@ -221,6 +222,14 @@ def test_what_is_not_wanted_is_not_decoded_for_ever(hostile: None) -> None:
             assert next(started).text == "first"
             started.close()
         assert texts(pool, "a-slow") == ["slow"] * 6
+
+
+def test_systems_without_what_linux_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker.sys, "platform", "darwin")
+    monkeypatch.setattr(ctypes, "CDLL", None)
+    worker.die_with_parent()
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    assert decoders._processors() == os.cpu_count()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="macOS ends it at its next message")

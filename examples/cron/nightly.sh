@@ -6,6 +6,7 @@
 # Runs as often as you like: what is finished is not done again, what was interrupted continues, and
 # two runs at the same time do not disturb each other. Silent unless something fails.
 set -eu
+[ $# -eq 2 ] || { echo "usage: nightly.sh INBOX HOME" >&2; exit 2; }
 inbox=$1
 home=$2
 steps=${STEPS:-200}

@@ -6,6 +6,7 @@
 # A context file stays beside each document; a document is run through the model again only when it
 # is newer than its context.
 set -eu
+[ $# -eq 3 ] || { echo "usage: ask.sh CKPT FOLDER questions.txt" >&2; exit 2; }
 ckpt=$1
 folder=$2
 questions=$3

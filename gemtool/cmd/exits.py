@@ -45,6 +45,11 @@ def exit_codes(ctx: typer.Context | None = None) -> Iterator[None]:
     except BrokenPipeError:
         _abandon_stdout()
         raise typer.Exit(141) from None
+    except SystemExit as end:
+        if isinstance(end.__context__, BrokenPipeError):  # typer's end of a help nobody reads
+            _abandon_stdout()
+            raise typer.Exit(141) from None
+        raise
     except MemoryError:
         fail(GemtoolError("out of memory"))
     except OSError as problem:
@@ -61,8 +66,14 @@ def parse_problem(problem: Any) -> str:
     source = _source(ctx, parameter) if parameter is not None else None
     text = problem.format_message()
     text = f"{source}: {problem.message}" if source else text[:1].lower() + text[1:]
-    text = re.sub("Value error, |, unable to parse .*", "", text).rstrip(".")
-    return f"{text}; see `{ctx.command_path} --help`" if ctx else text
+    text = re.sub("Value error, |, unable to (parse|interpret) .*", "", text)
+    text = re.sub("Input should be an? valid (?=[aeiou])", "expected an ", text)
+    text = text.replace("Input should be a valid", "expected a")
+    text = text.replace("Input should be", "expected").rstrip(".")
+    if ctx is None:
+        return text
+    see = " See" if text.endswith("?") else "; see"
+    return f"{text}{see} `{ctx.command_path} --help`"
 
 
 def _source(ctx: typer.Context, parameter: Any) -> str | None:

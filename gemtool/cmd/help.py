@@ -56,7 +56,7 @@ def help(  # noqa: A001 (the verb's name)
 def manual_page(topic: str) -> Path | None:
     """Where a page is: installed, or in the checkout that gemtool runs from."""
     section = "5" if topic in FORMATS else "1"
-    name = "gemtool" if topic in ("gemtool", "help") else f"gemtool-{topic}"
+    name = "gemtool" if topic == "gemtool" else f"gemtool-{topic}"
     checkout = Path(__file__).parents[2]
     for folder in (Path(sys.prefix) / "share" / "man", checkout / "man"):
         page = folder / f"man{section}" / f"{name}.{section}"

@@ -6,6 +6,7 @@ import functools
 import importlib.metadata
 import inspect
 import os
+import re
 import tomllib
 import typing
 from collections.abc import Callable, Iterator, Mapping
@@ -46,6 +47,25 @@ Threads = Annotated[
 ]
 
 
+Part = Annotated[
+    str | None,
+    typer.Option("--part", metavar="I/N", help="Only the I-th of N parts of the job."),
+]
+
+
+def parse_part(text: str) -> tuple[int, int]:
+    """(i, n) of `i/n`.
+
+    Raises:
+        UsageError: not of this form, or i is not from 1 to n.
+    """
+    numbers = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
+    index, parts = (int(numbers[1]), int(numbers[2])) if numbers else (0, 0)
+    if not 1 <= index <= parts:
+        raise UsageError(f"--part {text}: expected i/n with i from 1 to n, as in 2/8")
+    return index, parts
+
+
 class StreamFormat(StrEnum):
     """How a span stream is written."""
 
@@ -68,8 +88,9 @@ def _load_config(ctx: typer.Context, value: Path | None) -> Path | None:
         fail(UsageError(f"{value}: cannot be read: {reason(problem)}"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as problem:
         fail(UsageError(f"{value}: not TOML: {problem}"))
-    from gemtool.cli import VERBS
+    from gemtool.cli import VERBS, build_command
 
+    defaults: dict[str, Any] = {}
     for name, table in tables.items():
         if name not in VERBS or not isinstance(table, dict):
             close = "" if name in VERBS else did_you_mean(name, VERBS)
@@ -79,29 +100,34 @@ def _load_config(ctx: typer.Context, value: Path | None) -> Path | None:
                     f"write options under a heading, as in [{ctx.info_name}]"
                 )
             )
-    known = {p.name for p in ctx.command.params if p.name and p.param_type_name == "option"}
+        command = ctx.command if name == ctx.info_name else build_command(name)
+        found = _read_table(command, table, f"{value}: [{name}]")
+        if name == ctx.info_name:
+            defaults = found
+    ctx.default_map = {**(ctx.default_map or {}), **defaults}
+    return value
+
+
+def _read_table(command: Any, table: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Values by parameter from a verb's table of a configuration file; an unknown key fails."""
+    known = {p.name for p in command.params if p.name and p.param_type_name == "option"}
     known -= {"config", "help"}
     # The command's parameters may be named otherwise than the option: --max-tokens, max_tokens.
     spelled = {
         option.lstrip("-").replace("-", "_"): p.name
-        for p in ctx.command.params
+        for p in command.params
         for option in p.opts
         if option.startswith("--") and p.name in known
     }
-    repeatable = {p.name for p in ctx.command.params if getattr(p, "multiple", False)}
-    defaults = {}
-    for key, setting in tables.get(ctx.info_name or "", {}).items():
+    repeatable = {p.name for p in command.params if getattr(p, "multiple", False)}
+    values = {}
+    for key, setting in table.items():
         parameter = spelled.get(key.replace("-", "_"))
         if parameter is None:
-            fail(
-                UsageError(
-                    f"{value}: [{ctx.info_name}] has no option {key!r}{did_you_mean(key, spelled)}"
-                )
-            )
+            fail(UsageError(f"{where} has no option {key!r}{did_you_mean(key, spelled)}"))
         is_one = parameter in repeatable and not isinstance(setting, list)
-        defaults[parameter] = [setting] if is_one else setting
-    ctx.default_map = {**(ctx.default_map or {}), **defaults}
-    return value
+        values[parameter] = [setting] if is_one else setting
+    return values
 
 
 _COMMON: dict[str, Any] = {

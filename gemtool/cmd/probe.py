@@ -101,7 +101,7 @@ def probe(
     if target is not None and target.exists() and not force:
         found = require_finished(target, run, wanted, summary=summary)
         log.info(f"{target}: complete already, nothing to do")
-        if plot is not None and not plot.exists():
+        if plot is not None:
             draw(found, plot, f"{name}: {checkpoint.config.name}")
         return
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-import re
 from dataclasses import replace
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,9 +18,11 @@ from gemtool.cmd.options import (
     Inputs,
     NoPg,
     Output,
+    Part,
     StreamFormat,
     Threads,
     common,
+    parse_part,
 )
 from gemtool.data.sniff import Modality
 from gemtool.errors import GemtoolError, UsageError
@@ -31,6 +33,13 @@ if TYPE_CHECKING:
     from gemtool.data.documents import Document
     from gemtool.data.settings import MediaSettings
     from gemtool.stream.spans import Span
+
+
+class Engine(StrEnum):
+    """Who runs the work."""
+
+    local = "local"
+    ray = "ray"
 
 
 @common
@@ -100,13 +109,14 @@ def tokenize(
         bool,
         typer.Option("--follow-symlinks", help="Go after symbolic links in folders."),
     ] = False,
-    part: Annotated[
-        str | None,
-        typer.Option("--part", metavar="I/N", help="Only the I-th of N parts of the inputs."),
-    ] = None,
+    part: Part = None,
     keep_going: Annotated[
         bool, typer.Option("--keep-going", help="Leave out bad inputs; exit 1 at the end.")
     ] = False,
+    engine: Annotated[
+        Engine,
+        typer.Option("--engine", help="Where the work is done: this machine, or a Ray cluster."),
+    ] = Engine.local,
     count: Annotated[
         bool, typer.Option("--count", help="Write no stream but counts of tokens, as JSONL.")
     ] = False,
@@ -153,38 +163,55 @@ def tokenize(
     if part is not None:
         files = take_part(files, part)
 
+    if engine == Engine.ray and (one_document or any(map(is_stdin, files))):
+        raise UsageError("--engine ray takes neither standard input nor --one-document")
+
     problems = 0
 
     def report(problem: GemtoolError, kept: bool) -> None:
         nonlocal problems
         problems += 1
-        log.warning(f"{problem}; " + ("its document ends there" if kept else "left out"))
+        log.error(f"{problem}; " + ("its document ends there" if kept else "left out"))
 
     with contextlib.ExitStack() as stack:
         if any(map(is_stdin, files)):
             stack.enter_context(open_input(None))  # a terminal is noticed before the output
         used = Vocab.load(model)
-        documents: Iterator[Document] = read_documents(files, settings, modality, workers=threads)
-        if keep_going:
-            documents = skip_bad(documents, report)
-        if one_document:
-            documents = as_one(documents)
+        identity = {"fingerprint": used.fingerprint, "size": used.size}
+        header = Header(vocab=identity, settings=settings.to_dict())
+        if engine == Engine.ray:
+            from gemtool.data.cluster import Cluster
+
+            options = [*plain_options(settings, modality, model), "-@", str(threads)]
+            options += ["--keep-going"] if keep_going else []
+            cluster = stack.enter_context(Cluster(options, threads, header))
+            made = cluster.spans(files)
+        else:
+            documents: Iterator[Document] = read_documents(
+                files, settings, modality, workers=threads
+            )
+            if keep_going:
+                documents = skip_bad(documents, report)
+            if one_document:
+                documents = as_one(documents)
+            made = spans_of_documents(documents, used, threads=threads)
         bar = stack.enter_context(log.progress("tokenize", unit="tokens"))
-        spans = counted(spans_of_documents(documents, used, threads=threads), bar)
+        spans = counted(made, bar)
         if count:
             sink = stack.enter_context(open_output(output, force=force, binary=False))
             for line in count_documents(spans):
                 sink.write(line)
                 sink.flush()
         else:
-            identity = {"fingerprint": used.fingerprint, "size": used.size}
-            header = Header(vocab=identity, settings=settings.to_dict())
             header = header.derive("tokenize", pg=not no_pg)
             writer = stack.enter_context(create_spans(output, header, format=format, force=force))
             for span in spans:
                 writer.append(span)
+        if engine == Engine.ray:
+            problems = cluster.problems
     if problems:
-        raise GemtoolError(f"{problems} inputs or documents could not be read (see above)")
+        what = "an input or document" if problems == 1 else f"{problems:,} inputs or documents"
+        raise GemtoolError(f"{what} could not be read (see above)")
 
 
 def settings_for(
@@ -222,12 +249,23 @@ def checked_settings(base: MediaSettings, given: dict[str, Any]) -> MediaSetting
         raise UsageError(f"--{str(problem).replace('_', '-')}") from None
 
 
+def plain_options(settings: MediaSettings, modality: Modality, vocab: Path | None) -> list[str]:
+    """The command line that says the same: for a run of this verb elsewhere."""
+    options = ["--modality", modality.value]
+    if vocab is not None:
+        options += ["--vocab", str(vocab)]
+    for key, setting in settings.to_dict().items():
+        name = key.replace("_", "-")
+        if isinstance(setting, bool):
+            options.append(f"--{name}" if setting else f"--no-{name}")
+        else:
+            options += [f"--{name}", str(setting)]
+    return options
+
+
 def take_part(files: list[str], part: str) -> list[str]:
     """The i-th of n runs of the inputs, for `part` "i/n": together the runs are all inputs."""
-    numbers = re.fullmatch(r"(\d+)/(\d+)", part)
-    index, parts = (int(numbers[1]), int(numbers[2])) if numbers else (0, 0)
-    if not 1 <= index <= parts:
-        raise UsageError(f"--part {part}: expected i/n with i from 1 to n, as in 2/8")
+    index, parts = parse_part(part)
     return files[len(files) * (index - 1) // parts : len(files) * index // parts]
 
 

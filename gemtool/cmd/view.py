@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import shutil
+import sys
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gemtool.cmd.options import Input, Recover, common
-from gemtool.errors import GemtoolError, UsageError, counted
+from gemtool import log
+from gemtool.cmd.options import Force, Input, Recover, common
+from gemtool.errors import CorruptInput, UsageError, counted
 
 if TYPE_CHECKING:
     from gemtool.data.vocab import Vocab
@@ -28,6 +33,25 @@ class Mode(StrEnum):
     jsonl = "jsonl"
     stats = "stats"
     verify = "verify"
+    frames = "frames"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to show, and with what."""
+
+    mode: Mode
+    vocab: Path | None = None
+    frames: Path | None = None
+    force: bool = False
+
+    def refuse_frames(self, name: str, what: str) -> None:
+        """Raises UsageError if pictures and sound are asked of what holds none."""
+        if self.mode is Mode.frames:
+            raise UsageError(
+                f"{name}: {what} holds no pictures and no sound; --frames is for span streams and "
+                "shards"
+            )
 
 
 @common
@@ -41,42 +65,57 @@ def view(
     verify: Annotated[
         bool, typer.Option("--verify", help="Read everything and check every checksum.")
     ] = False,
+    frames: Annotated[
+        Path | None,
+        typer.Option(
+            "--frames", metavar="DIR", help="Write pictures and sound to DIR, as PNG and .npy."
+        ),
+    ] = None,
     vocab: Annotated[
         Path | None,
         typer.Option("--vocab", metavar="MODEL", help="The vocabulary to show tokens as text."),
     ] = None,
+    force: Force = False,
     recover: Recover = False,
 ) -> None:
     """Describe or print streams, contexts, shards, runs and checkpoints."""
-    flags = {Mode.header: header, Mode.jsonl: jsonl, Mode.stats: stats, Mode.verify: verify}
+    flags = {
+        Mode.header: header,
+        Mode.jsonl: jsonl,
+        Mode.stats: stats,
+        Mode.verify: verify,
+        Mode.frames: frames is not None,
+    }
     chosen = [mode for mode, flag in flags.items() if flag]
     if len(chosen) > 1:
         raise UsageError(" and ".join(f"--{mode}" for mode in chosen) + " exclude each other")
-    mode = chosen[0] if chosen else Mode.table
+    request = Request(chosen[0] if chosen else Mode.table, vocab, frames, force)
     if verify and recover:
         raise UsageError("--verify reports damage that --recover would pass over; give one of them")
     if input is not None and Path(input).is_dir():
         if recover:
             raise UsageError("--recover is for span streams; a folder has no truncated end")
-        lines = view_folder(Path(input), mode, vocab)
+        lines = view_folder(Path(input), request)
     else:
-        lines = view_stream(input, mode, vocab, recover)
+        lines = view_stream(input, request, recover)
     for line in lines:
         print(line)
 
 
-def view_folder(folder: Path, mode: Mode, vocab: Path | None) -> Iterator[str]:
-    """Lines about a shard folder or a checkpoint."""
-    if (folder / "manifest.json").exists():
-        return view_shards(folder, mode, vocab)
+def view_folder(folder: Path, request: Request) -> Iterator[str]:
+    """Lines about a shard folder, a training run or a checkpoint."""
+    from gemtool.data.manifest import is_shard_folder
+
     if (folder / "config.toml").exists():
-        return view_checkpoint(folder, mode)
-    raise GemtoolError(
+        return view_checkpoint(folder, request)
+    if is_shard_folder(folder):
+        return view_shards(folder, request)
+    raise CorruptInput(
         f"{folder}: neither shards (no manifest.json) nor a checkpoint (no config.toml)"
     )
 
 
-def view_stream(path: str | None, mode: Mode, vocab: Path | None, recover: bool) -> Iterator[str]:
+def view_stream(path: str | None, request: Request, recover: bool) -> Iterator[str]:
     """Lines about a span stream or contexts, from a file or stdin."""
     from gemtool.stream.checked import Source, stream_kind
     from gemtool.stream.files import display_name, open_input
@@ -88,28 +127,33 @@ def view_stream(path: str | None, mode: Mode, vocab: Path | None, recover: bool)
         if stream_kind(source) == "context":
             if recover:
                 raise UsageError("--recover is for span streams; half a context answers nothing")
-            yield from view_contexts(source, name, mode)
+            yield from view_contexts(source, name, request)
             return
         reader = read_spans(source, name, recover=recover)
-        yield from view_spans(reader, reader.header, mode, vocab, name)
+        yield from view_spans(reader, reader.header, request, name)
 
 
 # Span streams and shards
 
 
-def view_spans(
-    spans: Iterable[Span], header: Header, mode: Mode, vocab_path: Path | None, name: str
-) -> Iterator[str]:
+def view_spans(spans: Iterable[Span], header: Header, request: Request, name: str) -> Iterator[str]:
     """Lines about spans, whether they come from a pipe or from shards."""
     from gemtool.stream.jsonl import span_to_dict
 
-    if mode is Mode.header:
+    mode = request.mode
+    if request.frames is not None:
+        from gemtool.data.frames import write_frames
+
+        count = write_frames(spans, request.frames, force=request.force)
+        log.info(f"{request.frames}: {counted(count, 'picture')}, listed in frames.jsonl")
+    elif mode is Mode.header:
         yield to_json(header.to_dict())
     elif mode is Mode.jsonl:
         for span in spans:
             yield to_json(span_to_dict(span))
     elif mode is Mode.table:
-        yield from span_table(spans, find_vocab(vocab_path, header))
+        rows = span_table(spans, find_vocab(request.vocab, header))
+        yield from aligned(rows) if sys.stdout.isatty() else map("\t".join, rows)
     else:
         found = span_stats(spans, header.packed)
         if mode is Mode.verify:
@@ -150,14 +194,30 @@ def span_stats(spans: Iterable[Span], packed: Mapping[str, Any] | None) -> dict[
     return result
 
 
-def span_table(spans: Iterable[Span], vocab: Vocab | None) -> Iterator[str]:
-    """A line a span, tab-separated, with what its tokens say."""
-    yield "\t".join(("doc", "span", "kind", "tokens", "start", "time", "place", "content"))
+def span_table(spans: Iterable[Span], vocab: Vocab | None) -> Iterator[list[str]]:
+    """A row a span, with what its tokens say; the first row has the names."""
+    yield ["doc", "span", "kind", "tokens", "start", "time", "place", "content"]
     for span in spans:
         time = "" if span.time is None else f"{span.time[0] / 1e6:.2f}-{span.time[1] / 1e6:.2f}"
         place = "" if span.seq is None else f"{span.seq}:{span.offset}/{span.segment}"
         row = (escaped(span.doc), span.span, span.kind, len(span.tokens), span.start, time, place)
-        yield "\t".join([*map(str, row), preview(span, vocab)])
+        yield [*map(str, row), preview(span, vocab)]
+
+
+def aligned(rows: Iterable[list[str]], ahead: int = 50) -> Iterator[str]:
+    """Rows as lines of a terminal: columns as wide as the first rows need, the last one cut.
+
+    Args:
+        rows: of equally many cells.
+        ahead: rows that are looked at before the first is given.
+    """
+    rows = iter(rows)
+    first = list(itertools.islice(rows, ahead))
+    widths = [max(map(len, column)) for column in zip(*first, strict=True)]
+    room = shutil.get_terminal_size().columns
+    for row in itertools.chain(first, rows):
+        line = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        yield line.rstrip()[:room]
 
 
 def preview(span: Span, vocab: Vocab | None, width: int = 60) -> str:
@@ -188,29 +248,31 @@ def find_vocab(path: Path | None, header: Header) -> Vocab | None:
     return vocab if path or vocab.fingerprint == header.vocab.get("fingerprint") else None
 
 
-def view_shards(folder: Path, mode: Mode, vocab: Path | None) -> Iterator[str]:
+def view_shards(folder: Path, request: Request) -> Iterator[str]:
     """Lines about a shard folder; the header is its manifest."""
     from gemtool.data.shards import ShardFolder
     from gemtool.stream.spans import Header
 
     shards = ShardFolder(folder)
-    if mode is Mode.header:
+    if request.mode is Mode.header:
         yield to_json(shards.manifest)
         return
-    if mode is Mode.verify:
+    if request.mode is Mode.verify:
         shards.verify()
     header = Header.from_dict({**shards.manifest, "packed": {"length": shards.length}})
     spans = (span for i in range(len(shards)) for span in shards[i])
-    yield from view_spans(spans, header, mode, vocab, str(folder))
+    yield from view_spans(spans, header, request, str(folder))
 
 
 # Contexts
 
 
-def view_contexts(source: Source, name: str, mode: Mode) -> Iterator[str]:
+def view_contexts(source: Source, name: str, request: Request) -> Iterator[str]:
     """Lines about the contexts of a file, one document each."""
     from gemtool.stream.context import read_contexts
 
+    request.refuse_frames(name, "a context")
+    mode = request.mode
     for context in read_contexts(source, name):
         if mode is Mode.header:
             yield to_json(context.header.to_dict())
@@ -248,10 +310,12 @@ def context_stats(context: ContextReader) -> dict[str, Any]:
 # Checkpoints
 
 
-def view_checkpoint(folder: Path, mode: Mode) -> Iterator[str]:
+def view_checkpoint(folder: Path, request: Request) -> Iterator[str]:
     """Lines about a checkpoint or a training run."""
     from gemtool.checkpoint import open_checkpoint
 
+    request.refuse_frames(str(folder), "a checkpoint")
+    mode = request.mode
     checkpoint = open_checkpoint(str(folder))
     if mode is Mode.header:
         yield (folder / "config.toml").read_text("utf-8").rstrip()
@@ -260,6 +324,11 @@ def view_checkpoint(folder: Path, mode: Mode) -> Iterator[str]:
             yield to_json({"name": name, "shape": list(tensor.shape), "dtype": tensor.dtype.name})
     elif mode is Mode.verify:
         checkpoint.verify()
+        if not checkpoint.card:
+            raise CorruptInput(
+                f"{folder / 'card.json'}: missing, or of another save than the weights; copy the "
+                "checkpoint again"
+            )
         yield f"{folder}: ok, fingerprint {checkpoint.fingerprint}"
     else:
         total = sum(tensor.size for tensor in checkpoint.tensors().values())
@@ -267,12 +336,23 @@ def view_checkpoint(folder: Path, mode: Mode) -> Iterator[str]:
             "model": checkpoint.config.name,
             "parameters": total,
             "fingerprint": checkpoint.fingerprint,
+            "step": checkpoint.step,
             **checkpoint.card,
         }
+        if (states := saved_states(folder)) is not None:
+            found["states"] = states
         if mode is Mode.stats:
             yield to_json(found)
         else:
             yield from pairs(found)
+
+
+def saved_states(folder: Path) -> list[int] | None:
+    """Steps from which a training run can go on; None if the folder is no run."""
+    state = folder / "state"
+    if not state.is_dir():
+        return None
+    return sorted(int(entry.name) for entry in state.iterdir() if entry.name.isdecimal())
 
 
 def pairs(values: Mapping[str, Any]) -> Iterator[str]:

@@ -83,10 +83,11 @@ class SoundTrack:
     def __init__(
         self, stream: Any, rate: int, longest_gap: int, name: str, origin: Fraction | None = None
     ) -> None:
-        self._time_base = Fraction(stream.time_base)
+        time_base = Fraction(stream.time_base)
         if origin is None and stream.start_time is not None:
-            origin = stream.start_time * self._time_base
-        self._origin = origin
+            origin = stream.start_time * time_base
+        self._tick = float(time_base * SAMPLE_RATE)  # samples
+        self._origin = None if origin is None else float(origin * SAMPLE_RATE)
         self._decoder = Decoder(stream, name)
         self._longest_gap = longest_gap * SAMPLE_RATE
         self._mel = LogMel(rate)
@@ -94,8 +95,9 @@ class SoundTrack:
         self._setup: tuple[str, str, int] | None = None
         self._resampler: Any = None
         self._second = 0  # being filled
-        self._expected: Fraction | None = None  # sample index at which the next frame should be
-        self._shift = Fraction(0)  # what jumps in the timestamps amounted to
+        # Sample index at which the next frame should be. Exact to a millionth after days.
+        self._expected: float | None = None
+        self._shift = 0.0  # what jumps in the timestamps amounted to
         self._afresh = False  # the next frame begins a run
         self._drop = 0  # samples before second 0
         self._heard = False
@@ -133,15 +135,15 @@ class SoundTrack:
             return
         at = self._expected
         if frame.pts is not None:
-            time = frame.pts * Fraction(frame.time_base or self._time_base)
+            time = frame.pts * self._tick
             if self._origin is None:
                 self._origin = time
-            at = (time - self._origin) * SAMPLE_RATE + self._shift
+            at = time - self._origin + self._shift
         if at is None:
-            at = Fraction(0)
+            at = 0.0
         if self._expected is None:
             if abs(at) > self._longest_gap:
-                self._shift, at = -at, Fraction(0)
+                self._shift, at = -at, 0.0
             yield from self._begin(at)
         elif self._afresh:
             yield from self._begin(at)
@@ -152,10 +154,10 @@ class SoundTrack:
             elif abs(gap) > _DRIFT:
                 self._shift -= gap
         assert self._expected is not None
-        self._expected += Fraction(frame.samples * SAMPLE_RATE, frame.sample_rate)
+        self._expected += frame.samples * SAMPLE_RATE / frame.sample_rate
         yield from self._convert(frame)
 
-    def _begin(self, at: Fraction) -> Iterator[Second]:
+    def _begin(self, at: float) -> Iterator[Second]:
         """Continues at sample `at`, over silence if that is within the second being filled."""
         self._expected = at
         start = round(at)

@@ -40,6 +40,9 @@ TEXT_CODECS = frozenset({"ass", "mov_text", "srt", "ssa", "subrip", "text", "web
 MAX_PIXELS = 40_000_000
 """Pixels of a video's picture, at most: 8K has 35 million."""
 
+SCALE_DOWN = "ffmpeg -i IN -vf scale=1920:-2 OUT.mkv"
+"""What makes a video smaller."""
+
 _TS_DISCONT = 0x0200
 """libav's flag of formats in which timestamps may start anew, such as MPEG-TS."""
 
@@ -80,7 +83,7 @@ class MediaFile:
         if context.width * context.height > MAX_PIXELS:
             raise GemtoolError(
                 f"{self.name}: its picture of {context.width} x {context.height} has more than "
-                f"{MAX_PIXELS:,} pixels; scale it down: ffmpeg -i IN -vf scale=1920:-2 OUT.mkv"
+                f"{MAX_PIXELS:,} pixels; scale it down: {SCALE_DOWN}"
             )
         context.options = {"max_pixels": str(MAX_PIXELS)}  # if it grows later
         return stream
@@ -112,14 +115,15 @@ class MediaFile:
             CorruptInput: damaged, or it ends a second or more before its header says.
         """
         ends = {stream.index: 0.0 for stream in streams}
+        ticks = {stream.index: float(stream.time_base) for stream in streams}
         with media_errors(self.name):
             for packet in self.container.demux(*streams):
                 if packet.size == 0:
                     continue  # marks the end of a stream
                 at = packet.pts if packet.pts is not None else packet.dts
                 if at is not None:
-                    seconds = float((at + (packet.duration or 0)) * packet.time_base)
-                    ends[packet.stream_index] = max(seconds, ends[packet.stream_index])
+                    index = packet.stream_index
+                    ends[index] = max(ends[index], (at + (packet.duration or 0)) * ticks[index])
                 yield packet
         if self._pipe is not None:
             _check_riff(self._pipe.head, self._pipe.exhaust(), self.name)
@@ -208,7 +212,7 @@ def media_errors(name: str) -> Iterator[None]:
 
 
 class Decoder:
-    """Decodes a stream's packets; damaged ones are left out and counted.
+    """Decodes a stream's packets, in one thread; damaged ones are left out and counted.
 
     Args:
         stream: of an open container.
@@ -217,14 +221,24 @@ class Decoder:
 
     def __init__(self, stream: Any, name: str) -> None:
         self._context = stream.codec_context
+        self._context.thread_count = 1  # files are decoded side by side, not parts of a picture
+        self._marked = self._context.name == "h264"
+        self._skips = False
         self._kind = stream.type
         self._name = name
         self._damaged = 0
 
-    def decode(self, packet: Packet | None) -> list[Any]:
-        """Frames that `packet` completes; None asks for those still inside the decoder."""
+    def decode(self, packet: Packet | None, shown: bool = True) -> list[Any]:
+        """Frames that `packet` completes; None asks for those still inside the decoder.
+
+        The frame of a packet that is not `shown` may be left out, if no other is made from it:
+        pictures of H.264 say so of themselves.
+        """
         import av
 
+        if self._marked and shown == self._skips:
+            self._skips = not shown
+            self._context.skip_frame = "NONREF" if self._skips else "DEFAULT"
         try:
             return self._context.decode(packet)
         except MemoryError:

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
 from gemtool import errors, log
+from gemtool.data.avfile import SCALE_DOWN
 from gemtool.data.pieces import Piece
 from gemtool.data.settings import MediaSettings
 from gemtool.data.wire import LARGEST_READ, Channel, WireError, read_piece
@@ -289,7 +290,7 @@ class _Worker:
                 case "ready":
                     self._loaded.add(job.kind)
                 case "error":
-                    problem = _problem(header, job.name)
+                    problem = _problem(header, job)
                 case "end":
                     self.used, self.usable = True, header.get("usable") is True
                     if problem is not None:
@@ -364,14 +365,18 @@ class _Worker:
         return _Lost(f"its decoder crashed ({name})")
 
 
-def _problem(header: dict[str, Any], name: str) -> Exception:
+def _problem(header: dict[str, Any], job: Job) -> Exception:
     kind, message = header.get("error"), str(header.get("message"))
     if kind == "memory":
-        return _Lost(f"needs more than the {MEMORY >> 20} MiB of memory that decoding may take")
+        hint = f": {SCALE_DOWN}" if job.kind == "video" else ""
+        return _Lost(
+            f"needs more than the {MEMORY >> 20} MiB of memory that decoding may take; scale it "
+            f"down{hint}"
+        )
     known = getattr(errors, str(kind), None)
     if isinstance(known, type) and issubclass(known, GemtoolError):
         return known(message)
-    return CorruptInput(f"{name}: damaged, its decoder stumbled ({message})")
+    return CorruptInput(f"{job.name}: damaged, its decoder stumbled ({message})")
 
 
 def _processors() -> int:

@@ -6,7 +6,9 @@ produced and consumed one after the other, so an hour of video never lies in mem
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -83,6 +85,9 @@ class Document:
     parts: Iterator[Part]
     meta: dict[str, Any] | None = None
     """What its author noted; it goes into `meta["document"]` of the first span."""
+
+
+_Batch = list[tuple[str, bool, Part]]
 
 
 def control(token: int, weight: float | None = None) -> Part:
@@ -183,12 +188,11 @@ def spans_of_documents(
 ) -> Iterator[Span]:
     """The spans of all documents, each document ended by a control span `<eod>`.
 
-    Text is encoded in batches of a few MiB, on `threads` threads; the spans do not depend on that.
+    Text is encoded in batches of a few MiB, on `threads` threads, while the caller uses the spans
+    of the batch before; the spans do not depend on that.
     """
     span = start = 0
-    for batch in _batches(documents):
-        texts = [part.text for _, _, part in batch if part.text is not None]
-        encoded = iter(vocab.encode_batch(texts, threads))
+    for batch, encoded in _encoded(documents, vocab, threads):
         for doc, first, part in batch:
             if first:
                 span = start = 0
@@ -207,9 +211,31 @@ def spans_of_documents(
             span, start = span + 1, start + len(tokens)
 
 
-def _batches(documents: Iterable[Document]) -> Iterator[list[tuple[str, bool, Part]]]:
+def _encoded(
+    documents: Iterable[Document], vocab: Vocab, threads: int
+) -> Iterator[tuple[_Batch, Iterator[np.ndarray]]]:
+    """Batches with the tokens of their texts, of which one is encoded ahead."""
+    ahead: deque[tuple[_Batch, Future[list[np.ndarray]]]] = deque()
+    problem = None
+    with ThreadPoolExecutor(1) as encoder:
+        try:
+            for batch in _batches(documents):
+                texts = [part.text for _, _, part in batch if part.text is not None]
+                ahead.append((batch, encoder.submit(vocab.encode_batch, texts, threads)))
+                if len(ahead) > 1:
+                    done, tokens = ahead.popleft()
+                    yield done, iter(tokens.result())
+        except GemtoolError as error:
+            problem = error  # of what follows the batch that is encoded already
+        for done, tokens in ahead:
+            yield done, iter(tokens.result())
+    if problem is not None:
+        raise problem
+
+
+def _batches(documents: Iterable[Document]) -> Iterator[_Batch]:
     """Document id, whether it begins here, and part: some MiB at a time."""
-    batch: list[tuple[str, bool, Part]] = []
+    batch: _Batch = []
     size = 0
     for document in documents:
         first = True

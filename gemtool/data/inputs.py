@@ -7,6 +7,7 @@ import stat
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from io import BytesIO
 from itertools import chain
 from pathlib import Path
@@ -37,6 +38,9 @@ _AHEAD = 16
 
 _LONG_LINE = 1 << 20
 """Bytes of a line of JSONL after which no further one is read ahead."""
+
+LONGEST_LINE = 256 << 20
+"""Bytes of a line of JSONL, its end included."""
 
 
 def list_inputs(
@@ -194,17 +198,25 @@ class _Reader:
 
     def _records(self, source: Source, name: str, folder: Path) -> Iterator[Document | None]:
         """A document a line; blank lines are ignored."""
-        for number, line in enumerate(iter(source.readline, b""), 1):
+        for number, line in enumerate(iter(partial(source.readline, LONGEST_LINE), b""), 1):
             if not line.strip():
                 continue
             where = f"{name}:{number}"
             try:
+                if len(line) == LONGEST_LINE and not line.endswith(b"\n"):
+                    raise ValueError(
+                        f"longer than {LONGEST_LINE >> 20} MiB; long texts are files of their own"
+                    )
                 record = parse_record(line)
             except ValueError as problem:
                 error = CorruptInput(f"{name}: line {number}: {problem}")
                 yield Document(where, _failing(error, name))
+                yield None  # what is left of an endless line is never all read
+                while line and not line.endswith(b"\n"):
+                    line = source.readline(LONGEST_LINE)
                 continue
-            runs = [self._item(item, where, folder) for item in record.items]
+            line_of = f"{name}: line {number}"
+            runs = [self._item(item, line_of, folder) for item in record.items]
             yield Document(record.id or where, chain.from_iterable(runs), record.meta)
             if len(line) > _LONG_LINE:
                 yield None

@@ -19,6 +19,9 @@ SAMPLE_RATE = 16000
 WINDOW = 400
 """Samples under a frame's window, 25 ms; also the length of the FFT."""
 
+_GROUP = 10
+"""Neighbouring mel bands that are summed together: most bins are none of theirs."""
+
 
 def mel_filters(bands: int = MELS, points: int = WINDOW, rate: int = SAMPLE_RATE) -> np.ndarray:
     """Triangular filters on Slaney's mel scale, each of unit area: float32 [bands, points/2 + 1].
@@ -38,6 +41,17 @@ def mel_filters(bands: int = MELS, points: int = WINDOW, rate: int = SAMPLE_RATE
     return (triangles * (2 / (high - low))).astype(np.float32)
 
 
+def _narrowed(filters: np.ndarray) -> list[tuple[slice, np.ndarray]]:
+    """Filters [bands, bins] in groups of neighbours: the bins that a group needs, and its part."""
+    groups = []
+    for start in range(0, len(filters), _GROUP):
+        group = filters[start : start + _GROUP]
+        used = np.flatnonzero(group.any(axis=0))
+        bins = slice(int(used[0]), int(used[-1]) + 1)
+        groups.append((bins, np.ascontiguousarray(group[:, bins])))
+    return groups
+
+
 class LogMel:
     """Turns mono sound at 16 kHz into audio tokens' features, a second at a time.
 
@@ -54,7 +68,7 @@ class LogMel:
         self._history = WINDOW - self._hop
         # numpy.hanning is symmetric; the periodic window is the one for spectra.
         self._hann = np.hanning(WINDOW + 1)[:-1].astype(np.float32)
-        self._filters = mel_filters()
+        self._filters = _narrowed(mel_filters())
         # The end of the previous second, then the second being filled.
         self._samples = np.zeros(self._history + SAMPLE_RATE, np.float32)
         self._filled = 0
@@ -94,6 +108,7 @@ class LogMel:
         spectrum = np.fft.rfft(windows * self._hann)
         power = spectrum.real**2 + spectrum.imag**2
         # Not a matrix product: BLAS threads cost more than they bring, and may change the bits.
-        mel = np.einsum("tk,mk->tm", power, self._filters)
+        parts = [np.einsum("tk,mk->tm", power[:, bins], part) for bins, part in self._filters]
+        mel = np.concatenate(parts, axis=1)
         scaled = (np.log10(np.maximum(mel, 1e-10)) + 4) / 4
         return scaled.astype(np.float16).reshape(-1, FRAMES_PER_AUDIO_TOKEN, MELS)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gemtool.control import END_TURN, MODEL, SYSTEM, USER
-from gemtool.errors import did_you_mean
+from gemtool.errors import did_you_mean, not_json
 
 CONTENT_KEYS = ("text", "parts", "messages")
 RECORD_KEYS = (*CONTENT_KEYS, "id", "meta")
@@ -59,7 +59,7 @@ def parse_record(line: bytes) -> Record:
     except RecursionError:
         raise ValueError("not JSON that can be read: it is nested too deeply") from None
     except ValueError as problem:
-        raise ValueError(f"not JSON ({problem})") from None
+        raise ValueError(not_json(problem)) from None
     _check_object(value, RECORD_KEYS, "the document")
     if not any(key in value for key in CONTENT_KEYS):
         raise ValueError("expected one of 'text', 'parts' and 'messages', found none of them")

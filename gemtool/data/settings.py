@@ -38,8 +38,8 @@ class MediaSettings:
             raise GemtoolError(f"image_tokens is {self.image_tokens}; expected 258 or 66")
         if self.audio_rate not in (25, 32):
             raise GemtoolError(f"audio_rate is {self.audio_rate}; expected 25 or 32")
-        if not 0 < self.fps <= 120:
-            raise GemtoolError(f"fps is {self.fps}; expected more than 0 and at most 120")
+        if not 1e-9 <= self.fps <= 120:  # times beyond 30 years would not fit the stream
+            raise GemtoolError(f"fps is {self.fps}; expected 1e-9 to 120")
 
     @property
     def image_soft(self) -> int:

@@ -8,7 +8,7 @@ from pathlib import PurePath
 
 from gemtool.data import compressed
 from gemtool.data.records import looks_like_record
-from gemtool.errors import GemtoolError
+from gemtool.errors import CorruptInput
 
 HEAD = 64 << 10
 """How many bytes `sniff` wants to see."""
@@ -129,7 +129,7 @@ def sniff(head: bytes, name: str) -> str:
         `compressed.COMPRESSED`, which is text or records inside.
 
     Raises:
-        GemtoolError: binary content that is none of these.
+        CorruptInput: binary content that is none of these.
     """
     by_name = extension_kind(name)
     for pattern, kind in _MAGIC:
@@ -140,11 +140,11 @@ def sniff(head: bytes, name: str) -> str:
             return kind
     for magic, what in _REFUSED:
         if head.startswith(magic):
-            raise GemtoolError(f"{name}: cannot be tokenized: it is {what}")
+            raise CorruptInput(f"{name}: cannot be tokenized: it is {what}")
     if by_name in ("image", "audio", "video"):
         return by_name  # a format without a magic number; or damaged, which is found soon
     if b"\0" in head:
-        raise GemtoolError(
+        raise CorruptInput(
             f"{name}: binary data that is no known image, audio or video; --modality says what "
             "to take it for"
         )
@@ -157,13 +157,13 @@ def sniff_text(head: bytes, name: str) -> str:
     """The kind of what was compressed: `text` or RECORDS.
 
     Raises:
-        GemtoolError: anything else.
+        CorruptInput: anything else.
     """
     path = PurePath(name)
     inner = path.stem if path.suffix.lower() in compressed.EXTENSIONS else name
     kind = sniff(head, inner)
     if kind not in ("text", RECORDS):
-        raise GemtoolError(f"{name}: of compressed files only text is read; unpack it first")
+        raise CorruptInput(f"{name}: of compressed files only text is read; unpack it first")
     return kind
 
 

@@ -24,6 +24,7 @@ from gemtool.data.image import patchify
 from gemtool.data.pieces import Piece
 from gemtool.data.settings import MediaSettings
 from gemtool.data.subtitles import Subtitles
+from gemtool.data.upright import Upright
 from gemtool.errors import CorruptInput, GemtoolError
 
 if TYPE_CHECKING:
@@ -164,7 +165,8 @@ class _Seconds:
                 if not (ahead or len(self._samples) > _SAMPLES_WAITING):
                     break
                 self.add_sound(sound.cut())
-            elif sound is None and picture.finished:
+            elif sound is None and not self._samples and not self._titled:
+                self._next = max(self._next, int(picture.settled))  # nothing comes until then
                 break
             if self._titled and not picture.finished and picture.position < self._next + 1:
                 break  # its subtitles lie before the picture of the next second
@@ -210,8 +212,9 @@ class _Picture:
     Packets are decoded as they come until the stream has shown that its key frames start clean
     groups of pictures (GOPs): intra frames, with no later packet shown before them. From then on
     a GOP's packets are held until the next key frame says where it ends; a GOP in which no sample
-    falls is dropped, another decoded up to its last sample. Whatever breaks that rule brings back
-    plain decoding for good, so samples are always those of a full decode.
+    falls is dropped, another decoded up to its last sample, but for frames that neither a sample
+    nor another frame needs. Whatever breaks that rule brings back plain decoding for good, so
+    samples are always those of a full decode.
     """
 
     def __init__(self, stream: Any, settings: MediaSettings, longest_gap: int, name: str) -> None:
@@ -235,6 +238,7 @@ class _Picture:
         self._end: float = 0  # tick at which the last frame ends
         self._patches: tuple[VideoFrame, np.ndarray] | None = None
         self._reformatter: Any = None
+        self._upright = Upright()
 
         self._latest: int | None = None  # pts of the packets so far
         self._key: int | None = None  # pts of the current GOP's key frame
@@ -341,15 +345,14 @@ class _Picture:
         end = self._tick(rest[0].pts or 0)
         order = sorted(range(len(gop)), key=ticks.__getitem__)
         shown = [ticks[i] for i in order]
-        sample, needed = self._next, 0
+        sample, needed = self._next, set()
         while (limit := self._limit(sample)) < end:
-            chosen = max(bisect_right(shown, limit) - 1, 0)
-            needed = max(needed, order[chosen] + 1)
+            needed.add(order[max(bisect_right(shown, limit) - 1, 0)])
             sample += 1
         if needed:
             self._clock.pass_to(ticks[0] - 1)
-            for packet in gop[:needed]:
-                yield from self._show(self._decoder.decode(packet))
+            for i in range(max(needed) + 1):
+                yield from self._show(self._decoder.decode(gop[i], shown=i in needed))
             yield from self._show(self._decoder.decode(None))
             self._decoder.restart()
             yield from self._settle(end)
@@ -399,7 +402,5 @@ class _Picture:
                     frame, self._size, self._size, "rgb24", interpolation=Interpolation.AREA
                 )
             pixels = scaled.to_ndarray()
-            # How far a player turns the frame, in degrees counter-clockwise; the square allows it
-            # after scaling.
-            self._patches = frame, patchify(np.rot90(pixels, round(frame.rotation / 90)))
+            self._patches = frame, patchify(self._upright.apply(pixels, frame))
         return self._patches[1]

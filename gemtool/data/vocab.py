@@ -10,6 +10,7 @@ the pieces of its UTF-8 bytes.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 import itertools
@@ -77,12 +78,6 @@ class Vocab:
         except (RuntimeError, OSError):
             raise CorruptInput(f"{path}: not a vocabulary (a sentencepiece model)") from None
         _check_layout(self._processor, path)
-        self._bytes = [
-            b"" if i < CONTROL_COUNT
-            else bytes([i - FIRST_BYTE]) if i < FIRST_TEXT
-            else self._processor.id_to_piece(i).replace(_SPACE, " ").encode()
-            for i in range(self.size)
-        ]  # fmt: skip
 
     @classmethod
     def load(cls, path: str | Path | None = None) -> Vocab:
@@ -93,6 +88,16 @@ class Vocab:
         except OSError as problem:
             raise GemtoolError(f"{path}: vocabulary cannot be read: {reason(problem)}") from None
         return cls(model, path)
+
+    @functools.cached_property
+    def _bytes(self) -> list[bytes]:
+        """What each id stands for."""
+        return [
+            b"" if i < CONTROL_COUNT
+            else bytes([i - FIRST_BYTE]) if i < FIRST_TEXT
+            else self._processor.id_to_piece(i).replace(_SPACE, " ").encode()
+            for i in range(self.size)
+        ]  # fmt: skip
 
     def extends(self, other: Vocab) -> bool:
         """Whether every id of `other` means the same here."""
@@ -248,7 +253,7 @@ def train_vocab(
         raise GemtoolError("no text to learn a vocabulary from: every line is empty")
     amount = sum(map(len, sample)) / 1e6
     if amount > 5:  # else it takes seconds
-        log.info(f"learning from {amount:,.0f} MB of text; about {amount / 12.5:.1f} minutes")
+        log.info(f"learning from {amount:,.0f} MB of text, about {amount * 4.8:.0f} s")
     if extend is None:
         learned = _unigram(sample, size - len(WHITESPACE), exact=True)
         pieces = _pieces(learned)

@@ -9,7 +9,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from gemtool.errors import CorruptInput, GemtoolError, did_you_mean
+from gemtool.errors import CorruptInput, GemtoolError, did_you_mean, not_json
 from gemtool.infer.engine import Answer, Engine, Sequence
 from gemtool.infer.sampling import Sampling
 from gemtool.infer.text import Prompt
@@ -63,14 +63,10 @@ def read_requests(
             request = _request(json.loads(line), index, default)
             if asks_nothing(request.prompt, has_context):
                 raise ValueError("'prompt' is empty; expected a question")
-        except json.JSONDecodeError as problem:
+        except (json.JSONDecodeError, UnicodeDecodeError) as problem:
             raise CorruptInput(
-                f"{name}: line {number}, column {problem.colno}: not JSON: {problem.msg.lower()}; "
+                f"{name}: line {number}: {not_json(problem)}; "
                 'expected an object as {"prompt": "..."}'
-            ) from None
-        except UnicodeDecodeError as problem:
-            raise CorruptInput(
-                f"{name}: line {number}, column {problem.start + 1}: not UTF-8 text"
             ) from None
         except (ValueError, RecursionError, GemtoolError) as problem:
             raise CorruptInput(f"{name}: line {number}: {problem}") from None

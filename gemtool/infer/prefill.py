@@ -13,7 +13,8 @@ import numpy as np
 from gemtool.infer.engine import Engine
 from gemtool.infer.pieces import GROUPS, Piece, Tile, check_span, pieces_of
 from gemtool.stream.context import BLOCK, STATE_EVERY, ContextWriter
-from gemtool.stream.spans import Span, provenance
+from gemtool.stream.header import provenance
+from gemtool.stream.spans import Span
 
 
 class _Tally:

@@ -170,7 +170,10 @@ def require_same(
                 f"{path}: case {row['case']} at length {row['length']} and depth {row['depth']} is "
                 f"none of this run; {again}"
             )
-        _require_fields(path, row, {"needle_at": case.needle_at, "answer": case.answer}, again)
+        if (row.get("needle_at"), row.get("answer")) != (case.needle_at, case.answer):
+            raise GemtoolError(
+                f"{path}: its rows are of a run with other --lengths, --depths or --cases; {again}"
+            )
 
 
 def _require_fields(path: Path, row: Row, fields: Row, again: str) -> None:

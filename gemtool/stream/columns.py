@@ -29,15 +29,28 @@ def large_binary(arrays: Sequence[np.ndarray | None]) -> pa.Array:
     )
 
 
-def list_view(array: pa.Array) -> tuple[np.ndarray, np.ndarray]:
+def fixed_view(array: pa.Array, dtype: Any) -> np.ndarray:
+    """The values [rows] of a column of numbers; those of nulls mean nothing."""
+    return _fixed(array.buffers()[1], array.offset, len(array), dtype)
+
+
+def _fixed(buffer: pa.Buffer | None, offset: int, count: int, dtype: Any) -> np.ndarray:
+    if not count or buffer is None:
+        return np.empty(0, dtype)
+    return np.frombuffer(buffer, dtype, offset + count)[offset:]
+
+
+def list_view(array: pa.Array, dtype: Any) -> tuple[np.ndarray, np.ndarray]:
     """The values of a large_list column, and the offsets [rows + 1] of its rows in them."""
-    return np.asarray(array.values), np.asarray(array.offsets)
+    _, offsets, _, values = array.buffers()
+    at = _fixed(offsets, array.offset, len(array) + 1, np.int64)
+    return _fixed(values, 0, int(at[-1]) if len(at) else 0, dtype), at
 
 
 def binary_view(array: pa.Array) -> tuple[np.ndarray, np.ndarray]:
     """The bytes of a large_binary column (uint8), and the offsets [rows + 1] of its rows."""
     _, offsets, data = array.buffers()
-    at = np.frombuffer(offsets, np.int64, array.offset + len(array) + 1)[array.offset :]
+    at = _fixed(offsets, array.offset, len(array) + 1, np.int64)
     return np.frombuffer(data, np.uint8) if data is not None else np.empty(0, np.uint8), at
 
 

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,8 +41,8 @@ def is_stdin(path: str | None) -> bool:
 
 
 def printable(path: str | Path) -> str:
-    """A file name as text that can be written as UTF-8: bytes that are none become U+FFFD."""
-    return os.fsencode(path).decode("utf-8", "replace")
+    """A file name as text that can be written as UTF-8: bytes that are none are spelled out."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def display_name(path: str | None) -> str:
@@ -126,10 +127,13 @@ def atomic_file(target: Path) -> Iterator[BinaryIO]:
     What a symbolic link names is replaced, not the link.
     """
     target = target.resolve()
+    _remove_abandoned(target)
     temporary = target.with_name(f".{target.name}.{os.urandom(4).hex()}")
     with removed_on_signal(lambda: temporary.unlink(missing_ok=True)):
         try:
             with temporary.open("xb") as file:
+                with contextlib.suppress(OSError):  # some file systems have no locks
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
@@ -138,6 +142,17 @@ def atomic_file(target: Path) -> Iterator[BinaryIO]:
             temporary.unlink(missing_ok=True)
             raise
     sync_folder(target.parent)
+
+
+def _remove_abandoned(target: Path) -> None:
+    """Removes what earlier processes left of this file when they were killed: nobody locks it."""
+    pattern = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]{{8}}")
+    with contextlib.suppress(OSError):
+        for path in target.parent.iterdir():
+            if pattern.fullmatch(path.name):
+                with contextlib.suppress(OSError), path.open("rb") as file:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    path.unlink()
 
 
 def atomic_write(target: Path, content: bytes) -> None:
@@ -156,14 +171,14 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, name: str = LOCK) -> Iterator[None]:
     """Keeps other processes that ask for the same lock out of an existing folder.
 
     Raises:
         GemtoolError: another process holds the lock.
     """
-    lock = folder / LOCK
-    descriptor = _lock(folder)
+    lock = folder / name
+    descriptor = _lock(lock)
     try:
         with removed_on_signal(lambda: lock.unlink(missing_ok=True)):
             yield
@@ -172,17 +187,17 @@ def locked(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _lock(folder: Path) -> int:
+def _lock(lock: Path) -> int:
     while True:
-        descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # The holder before us removes the file as it leaves: what we locked may be gone.
-            if os.path.samestat(os.fstat(descriptor), (folder / LOCK).stat()):
+            if os.path.samestat(os.fstat(descriptor), lock.stat()):
                 return descriptor
         except BlockingIOError:
             os.close(descriptor)
-            raise GemtoolError(f"{folder}: another process is writing it") from None
+            raise GemtoolError(f"{lock.parent}: another process is writing it") from None
         except FileNotFoundError:
             pass
         os.close(descriptor)

@@ -9,7 +9,8 @@ from typing import Any
 
 from gemtool.errors import GemtoolError
 from gemtool.stream.files import display_name, is_stdin
-from gemtool.stream.spans import Header, Span, SpanReader, open_spans, require_same
+from gemtool.stream.header import Header, require_same
+from gemtool.stream.spans import Span, SpanReader, open_spans
 
 
 class JoinedSpans:

@@ -1,7 +1,8 @@
 """The span stream as JSONL: for people, jq and hand-written input.
 
-A header line `{"gemtool": {...}}`, one line a span, a footer line `{"footer": {...}}` with counts
-and the CRC-32 of the lines between. Hand-written input may leave out header and footer.
+A header line `{"gemtool": {...}, "crc32": ...}` with its own CRC-32, one line a span, a footer line
+`{"footer": {...}}` with counts and the CRC-32 of the lines between. Hand-written input may leave
+out header and footer.
 """
 
 from __future__ import annotations
@@ -15,17 +16,15 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from gemtool.errors import CorruptInput, did_you_mean
-from gemtool.stream.checked import Source, check_kind
+from gemtool.errors import CorruptInput, did_you_mean, not_json
+from gemtool.stream.checked import Source, check_kind, encode_json
+from gemtool.stream.header import VERSION, Header, require_same
 from gemtool.stream.spans import (
     KINDS,
     PAYLOAD_DTYPES,
     SPAN_SCHEMA,
-    VERSION,
     Counts,
-    Header,
     Span,
-    require_same,
     warn_of_damage,
 )
 
@@ -130,7 +129,8 @@ class JsonlSpanWriter:
         self._crc = 0
         self._rows = 0
         self._counts = Counts()
-        self._line({"gemtool": header.to_dict()})
+        described = header.to_dict()
+        self._line({"gemtool": described, "crc32": zlib.crc32(encode_json(described))})
 
     def _line(self, value: dict[str, Any]) -> bytes:
         line = json.dumps(value, ensure_ascii=False).encode() + b"\n"
@@ -158,12 +158,17 @@ class JsonlSpanReader:
         self._framed = self._first is not None and "gemtool" in self._first[1]
         if self._framed:
             assert self._first is not None
-            self.header = self._read_header(self._first[1]["gemtool"])
+            self.header = self._read_header(self._first[1])
             self._first = None
 
-    def _read_header(self, value: Any) -> Header:
+    def _read_header(self, line: dict[str, Any]) -> Header:
+        value = line["gemtool"]
         if not isinstance(value, dict):
             raise self._damaged("the header is not an object")
+        if unknown := sorted(line.keys() - {"gemtool", "crc32"}):
+            raise self._damaged(f"unknown field {unknown[0]!r} beside the header")
+        if line.get("crc32", found := zlib.crc32(encode_json(value))) != found:
+            raise self._damaged("the header does not match its checksum")
         check_kind(value, self._name, "spans", VERSION)
         return Header.from_dict(value)
 
@@ -178,8 +183,10 @@ class JsonlSpanReader:
                 continue
             try:
                 value = json.loads(line)
-            except (ValueError, RecursionError) as problem:
-                raise self._damaged(f"not JSON ({problem})") from None
+            except RecursionError:
+                raise self._damaged("not JSON that can be read: it is nested too deeply") from None
+            except ValueError as problem:
+                raise self._damaged(not_json(problem)) from None
             if not isinstance(value, dict):
                 raise self._damaged("not a JSON object")
             return line, value
@@ -210,7 +217,7 @@ class JsonlSpanReader:
             elif "gemtool" in value and "doc" not in value:
                 if is_open:
                     raise self._damaged("a new header before the footer of the stream")
-                require_same(self.header, self._read_header(value["gemtool"]), self._name)
+                require_same(self.header, self._read_header(value), self._name)
                 is_open = True
             else:
                 try:

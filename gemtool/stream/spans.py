@@ -9,23 +9,21 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shlex
-import sys
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 import pyarrow as pa
 
-from gemtool import __version__, log
+from gemtool import log
 from gemtool.control import CONTROL_COUNT, UNTRAINED_TARGETS
 from gemtool.errors import CorruptInput, GemtoolError, counted
 from gemtool.stream.checked import ARROW_MAGIC, CheckedReader, CheckedWriter, Source
 from gemtool.stream.columns import binary_view, large_binary, large_list, list_view
-from gemtool.stream.files import display_name, open_input, open_output, printable
+from gemtool.stream.files import display_name, open_input, open_output
+from gemtool.stream.header import VERSION, Header, require_same
 
-VERSION = 1
 KINDS = ("text", "image", "video", "audio", "control")
 BATCH_BYTES = 16 << 20
 BATCH_ROWS = 1000
@@ -97,71 +95,12 @@ class Span:
             return self.loss
         if self.kind == "text":
             return np.ones(len(self.tokens), np.float32)
-        return _WEIGHTS.take(self.tokens, mode="clip")
+        return default_weights(self.tokens)
 
 
-@dataclass(frozen=True)
-class Header:
-    """What is known of a stream before its first row."""
-
-    vocab: Mapping[str, Any] = field(default_factory=dict)
-    """`fingerprint` and `size` of the vocabulary; empty in hand-written JSONL."""
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    """MediaSettings as a dict."""
-    pg: tuple[Mapping[str, Any], ...] = ()
-    """Provenance: one entry a program, oldest first, as in SAM headers."""
-    packed: Mapping[str, Any] | None = None
-    """`length` of the packed sequences, once packed."""
-
-    def derive(
-        self, verb: str, *, pg: bool = True, seed: int | None = None, **changes: Any
-    ) -> Header:
-        """The header of what `verb` makes of this stream; with `pg`, its provenance grows."""
-        chain: tuple[Mapping[str, Any], ...] = ()
-        if pg:
-            chain = (*self.pg, provenance(verb, self.pg, seed))
-        return replace(self, pg=chain, **changes)
-
-    def to_dict(self) -> dict[str, Any]:
-        result: dict[str, Any] = {
-            "stream": "spans",
-            "version": VERSION,
-            "vocab": dict(self.vocab),
-            "settings": dict(self.settings),
-            "pg": [dict(entry) for entry in self.pg],
-        }
-        if self.packed is not None:
-            result["packed"] = dict(self.packed)
-        return result
-
-    @classmethod
-    def from_dict(cls, value: Mapping[str, Any]) -> Header:
-        return cls(
-            vocab=value.get("vocab", {}),
-            settings=value.get("settings", {}),
-            pg=tuple(value.get("pg", ())),
-            packed=value.get("packed"),
-        )
-
-
-def provenance(
-    verb: str, chain: tuple[Mapping[str, Any], ...], seed: int | None = None
-) -> dict[str, Any]:
-    """One provenance entry: who made this, with which command line, from what."""
-    taken = {entry.get("id") for entry in chain}
-    name, count = verb, 1
-    while name in taken:
-        count += 1
-        name = f"{verb}.{count}"
-    entry: dict[str, Any] = {
-        "id": name,
-        "version": __version__,
-        "command": shlex.join(["gemtool", *map(printable, sys.argv[1:])]),
-        "previous": chain[-1].get("id") if chain else None,
-    }
-    if seed is not None:
-        entry["seed"] = seed
-    return entry
+def default_weights(tokens: np.ndarray) -> np.ndarray:
+    """float32 [n]: the weights of tokens that are not in a text."""
+    return _WEIGHTS.take(tokens, mode="clip")
 
 
 class Counts:
@@ -184,13 +123,29 @@ class Counts:
 # Arrow batches <-> spans
 
 
-def batch_of(spans: list[Span]) -> pa.RecordBatch:
-    """A record batch of SPAN_SCHEMA."""
+Stored = tuple[np.ndarray, str, list[int]]
+"""A payload as it is stored: its bytes, `payload_dtype` and `payload_shape`."""
+
+Encoder = Callable[[Span], Stored | None]
+Decoder = Callable[[np.ndarray, str, list[int]], np.ndarray | None]
+"""The payload of its stored form; None if this decoder does not know it.
+
+Raises ValueError for damage.
+"""
+
+
+def stored_raw(span: Span) -> Stored | None:
+    """The payload of a span as it is."""
+    payload = span.payload
+    return None if payload is None else (payload, payload.dtype.name, list(payload.shape))
+
+
+def batch_of(spans: list[Span], encoder: Encoder = stored_raw) -> pa.RecordBatch:
+    """A record batch of SPAN_SCHEMA, the payloads stored as `encoder` says."""
     kinds = pa.DictionaryArray.from_arrays(
         pa.array([_kind_index(span.kind) for span in spans], pa.int8()), _KIND_NAMES
     )
-    shapes = [None if s.payload is None else list(s.payload.shape) for s in spans]
-    dtypes = [None if s.payload is None else s.payload.dtype.name for s in spans]
+    stored = [encoder(span) for span in spans]
     times = [None if s.time is None else {"start": s.time[0], "end": s.time[1]} for s in spans]
     metas = [
         None if s.meta is None else json.dumps(s.meta, ensure_ascii=False, sort_keys=True)
@@ -204,9 +159,12 @@ def batch_of(spans: list[Span]) -> pa.RecordBatch:
         large_list([s.tokens for s in spans], np.int32),
         pa.array([s.start for s in spans], pa.int64()),
         large_list([s.loss for s in spans], np.float32),
-        large_binary([s.payload for s in spans]),
-        pa.array(shapes, schema.field("payload_shape").type),
-        pa.array(dtypes, pa.string()),
+        large_binary([None if one is None else one[0] for one in stored]),
+        pa.array(
+            [None if one is None else one[2] for one in stored],
+            schema.field("payload_shape").type,
+        ),
+        pa.array([None if one is None else one[1] for one in stored], pa.string()),
         pa.array(times, schema.field("time").type),
         pa.array(metas, pa.string()),
         pa.array([s.seq for s in spans], pa.int64()),
@@ -239,8 +197,12 @@ def wrong_columns(batch: pa.RecordBatch) -> str | None:
     return None if names.equals(_KIND_NAMES) else "the kinds are not those of spans"
 
 
-def spans_of(batch: pa.RecordBatch) -> Iterator[Span]:
+def spans_of(batch: pa.RecordBatch, decoder: Decoder | None = None) -> Iterator[Span]:
     """The rows of a batch of SPAN_SCHEMA; tokens, loss and payload are views into its memory.
+
+    Args:
+        batch: of SPAN_SCHEMA.
+        decoder: asked first for each payload, in case it is not stored as it is.
 
     Raises:
         CorruptInput: a payload is not what its shape and dtype say.
@@ -249,8 +211,8 @@ def spans_of(batch: pa.RecordBatch) -> Iterator[Span]:
     docs = column["doc"].to_pylist()
     kinds = column["kind"].to_pylist()
     scalars = {key: column[key].to_pylist() for key in _SCALARS}
-    tokens, token_at = list_view(column["tokens"])
-    loss, loss_at = list_view(column["loss"])
+    tokens, token_at = list_view(column["tokens"], np.int32)
+    loss, loss_at = list_view(column["loss"], np.float32)
     has_loss = column["loss"].is_valid().to_pylist()
     payload, payload_at = binary_view(column["payload"])
     has_payload = column["payload"].is_valid().to_pylist()
@@ -260,10 +222,12 @@ def spans_of(batch: pa.RecordBatch) -> Iterator[Span]:
         if has_payload[i]:
             raw = payload[payload_at[i] : payload_at[i + 1]]
             shape, dtype = scalars["payload_shape"][i], scalars["payload_dtype"][i]
-            if dtype not in PAYLOAD_DTYPES or shape is None:
-                raise CorruptInput(f"{docs[i]}: row {i} of a batch has a payload of type {dtype}")
             try:
-                features = raw.view(dtype).reshape(shape)
+                features = decoder(raw, dtype, shape) if decoder else None
+                if features is None:
+                    if dtype not in PAYLOAD_DTYPES or shape is None:
+                        raise CorruptInput(f"{docs[i]}: row {i} has a payload of type {dtype}")
+                    features = raw.view(dtype).reshape(shape)
             except ValueError:
                 raise CorruptInput(
                     f"{docs[i]}: a payload of {len(raw):,} bytes is no {dtype} array of {shape}"
@@ -359,24 +323,6 @@ def _sum_footers(total: dict[str, Any], footer: dict[str, Any]) -> dict[str, Any
     return {**summed, "kinds": kinds}
 
 
-def require_same(first: Header, other: Header, name: str) -> None:
-    """Refuses to mix streams that do not mean the same by their tokens.
-
-    Raises:
-        GemtoolError: naming what differs.
-    """
-    for what, mine, theirs in (
-        ("vocabulary", first.vocab.get("fingerprint"), other.vocab.get("fingerprint")),
-        ("media settings", dict(first.settings), dict(other.settings)),
-        ("packed length", first.packed, other.packed),
-    ):
-        if mine != theirs:
-            raise GemtoolError(
-                f"{name}: its {what} is {theirs}, that of the streams before it {mine}; "
-                "streams are joined only when these agree"
-            )
-
-
 class ArrowSpanWriter:
     """Cuts rows into batches by their content (bytes and count) and writes them checked."""
 
@@ -420,6 +366,10 @@ def read_spans(source: Source, name: str, *, recover: bool = False) -> SpanReade
         return JsonlSpanReader(source, name, recover=recover)
     if not start:
         raise CorruptInput(f"{name}: empty input; expected a span stream")
+    if start == b"ARRO":
+        raise CorruptInput(
+            f"{name}: an Arrow file, not a stream; if it is of a shard folder, name the folder"
+        )
     raise CorruptInput(
         f"{name}: not a span stream (it begins with {start!r}); make one with `gemtool tokenize`"
     )

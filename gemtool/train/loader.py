@@ -21,13 +21,14 @@ from gemtool.data.settings import MediaSettings
 from gemtool.data.shards import ShardFolder
 from gemtool.errors import GemtoolError, UsageError
 from gemtool.model.batch import Batch, MediaGroups
+from gemtool.stream.rows import rows_of
 from gemtool.stream.spans import Span
 
 _PREFETCH = 2
 
 
 def build_batch(
-    sequences: Sequence[list[Span]], length: int, settings: MediaSettings, kinds: Iterable[str]
+    sequences: Sequence[Sequence[Span]], length: int, settings: MediaSettings, kinds: Iterable[str]
 ) -> Batch:
     """A batch of numpy arrays, [B, T] = [len(sequences), length].
 
@@ -50,17 +51,17 @@ def build_batch(
     encoders = sorted({ENCODERS[kind] for kind in kinds if kind in ENCODERS})
     groups: dict[str, list[Groups]] = {encoder: [] for encoder in encoders}
     for row, spans in enumerate(sequences):
-        for span in spans:
-            assert span.offset is not None
-            assert span.segment is not None
-            here = slice(span.offset, span.offset + len(span.tokens))
-            tokens[row, here] = span.tokens
-            segments[row, here] = span.segment
-            own_weights[row, here] = span.weights()
+        rows = rows_of(spans)
+        at = rows.positions
+        tokens[row, at] = rows.tokens
+        segments[row, at] = rows.segments
+        own_weights[row, at] = rows.weights()
+        for span in rows.media():
             found = media_groups(span, settings)
             if found is not None:
-                at = found.at + np.int32(row * length + span.offset)
-                groups[ENCODERS[span.kind]].append(Groups(found.values, at, found.rows))
+                assert span.offset is not None
+                first = found.at + np.int32(row * length + span.offset)
+                groups[ENCODERS[span.kind]].append(Groups(found.values, first, found.rows))
 
     column = np.arange(length, dtype=np.int32)
     begins = np.ones(shape, bool)
@@ -109,6 +110,8 @@ def open_data(text: str) -> tuple[ShardFolder, float]:
     try:
         weight = float(number)
     except ValueError:
+        if Path(path).exists():
+            raise UsageError(f"--data {text}: the weight {number!r} is no number") from None
         return ShardFolder(text), 1.0
     if not (0 < weight < math.inf):
         raise UsageError(f"--data {text}: the weight is {number}; expected a number above 0")
@@ -167,7 +170,7 @@ class Loader:
         reading = grain.ReadOptions(num_threads=1, prefetch_buffer_size=_PREFETCH)
         self._batches = iter(batches.to_iter_dataset(reading))
 
-    def _build(self, sequences: Sequence[list[Span]]) -> Batch:
+    def _build(self, sequences: Sequence[Sequence[Span]]) -> Batch:
         return build_batch(sequences, self.length, self.settings, self.kinds)
 
     def __iter__(self) -> Iterator[Batch]:
@@ -227,6 +230,6 @@ def evaluation_batches(folder: ShardFolder, batch_size: int) -> Iterator[Batch]:
     settings = MediaSettings.from_dict(folder.settings)
     for start in range(0, len(folder), batch_size):
         stop = min(start + batch_size, len(folder))
-        sequences = [folder[index] for index in range(start, stop)]
+        sequences: list[Sequence[Span]] = [folder[index] for index in range(start, stop)]
         sequences += [[]] * (batch_size - len(sequences))
         yield build_batch(sequences, folder.length, settings, folder.kinds)

@@ -25,7 +25,7 @@ from gemtool.model.config import PRESETS, ModelConfig, load_preset
 from gemtool.model.params import Tree, count_params
 from gemtool.runtime import memory_size, setup_jax
 from gemtool.stream.files import printable
-from gemtool.stream.spans import provenance
+from gemtool.stream.header import provenance
 from gemtool.train.extend import extend_params
 from gemtool.train.loader import Loader, evaluation_batches, open_data, require_match
 from gemtool.train.optimizer import Schedule, default_peak, default_warmup, make_optimizer
@@ -286,13 +286,14 @@ class _Run:
             f"{'resuming' if self.start else 'training'} {self.config.name}: {total:,} parameters "
             f"({active:,} active) on {self.loader.sequences:,} sequences of {self.loader.length:,}"
             + (f", from step {self.start:,}" if self.start else "")
+            + "; the first step takes longer, as it is compiled"
         )
         state = self._restore_or_begin()
         train_step = make_train_step(self.config, self.optimizer)
         with (
             # A step consumes the state that it changes, so it is never interrupted half-way.
             signals.deferred("saving after this step") as stop,
-            log.progress("train", options.steps - self.start, unit="steps") as bar,
+            log.progress("train", options.steps, unit="steps", start=self.start) as bar,
         ):
             for step in range(self.start + 1, options.steps + 1):
                 began = time.perf_counter()

@@ -25,6 +25,7 @@ from gemtool.stream.files import LOCK, locked, printable
 from gemtool.stream.folders import output_folder
 
 STATE = "state"
+_UNFINISHED = ".orbax-checkpoint-tmp"
 _FILES = (WEIGHTS, CARD, CONFIG, VOCAB)
 
 
@@ -173,6 +174,9 @@ def _locked_run(folder: Path, *, resume: bool, force: bool, keep: int) -> Iterat
         except BaseException:
             with contextlib.suppress(GemtoolError):  # what failed first is what is told
                 run.close()
+            for entry in _entries(folder / STATE):
+                if _UNFINISHED in entry.name:  # a full disk stays full otherwise
+                    shutil.rmtree(entry, ignore_errors=True)
             raise
         run.close()
 
