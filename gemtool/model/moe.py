@@ -6,12 +6,14 @@ chosen and that training moves against the load (arXiv 2408.15664), or from an a
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
 from gemtool.model.config import ModelConfig, MoEConfig
 from gemtool.model.layers import gated_mlp, glu_of
-from gemtool.model.parallel import routed_experts
+from gemtool.model.parallel import on_rows, routed_experts
 from gemtool.model.params import Tree
 
 Stats = dict[str, jax.Array]
@@ -65,12 +67,16 @@ def route(
     ranking = scores
     if moe.balance == "bias":
         ranking = scores + jnp.broadcast_to(p["bias"], scores.shape)
-    ranking = _within_best_groups(moe, jax.lax.stop_gradient(ranking))
-    _, ids = jax.lax.top_k(ranking, moe.top_k)
+    ids = on_rows(partial(_chosen, moe), jax.lax.stop_gradient(ranking))
     weights = jnp.take_along_axis(scores, ids, axis=-1)
     if moe.normalise:
         weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
     return ids, weights * moe.weight_scale, scores, logits
+
+
+def _chosen(moe: MoEConfig, ranking: jax.Array) -> jax.Array:
+    """The best experts int32 [..., top_k] of a ranking [..., E]."""
+    return jax.lax.top_k(_within_best_groups(moe, ranking), moe.top_k)[1]
 
 
 def _within_best_groups(moe: MoEConfig, ranking: jax.Array) -> jax.Array:

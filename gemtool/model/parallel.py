@@ -59,6 +59,18 @@ def embedding_rows(table: jax.Array, tokens: jax.Array) -> jax.Array:
     return jnp.sum(parts, axis=0)
 
 
+def on_rows(function: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
+    """`function(x)` [..., A] -> [..., B] that treats each row by itself, on a mesh [B, T, A].
+
+    For what XLA would gather all rows for, as it does for `top_k`.
+    """
+    mesh = current_mesh()
+    if mesh is None:
+        return function(x)
+    rows = partition(("batch", "length", None), x.shape, mesh)
+    return jax.shard_map(function, in_specs=rows, out_specs=rows, check_vma=False)(x)
+
+
 def packed_attention(
     q: jax.Array,
     k: jax.Array,
