@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 MEDIA ?= build/media
+# `parity` too: the decoder against transformers (torch is large).
+EXTRAS ?= test,lint
 BIN := $(VENV)/bin
 # A stamp tells that the environment matches pyproject.toml.
 READY := $(VENV)/.ready
@@ -18,7 +20,7 @@ $(READY): pyproject.toml
 	  { echo "gemtool needs Python 3.11 or later; call make with PYTHON=..." >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[test,lint]'
+	$(BIN)/python -m pip install --quiet --editable '.[$(EXTRAS)]'
 	touch $@
 
 demo: $(READY) ## Run the whole pipeline on real media and draw what it finds (under 10 minutes)

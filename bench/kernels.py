@@ -111,7 +111,7 @@ def expert_cases(impl: str) -> Iterator[Case]:
         work = 6.0 * T * K * D * F
 
         def run(x: Any, weights: Any, gate: Any, up: Any, down: Any, ids: Any) -> jax.Array:
-            return expert_mlp(x, ids, weights, gate, up, down, impl)
+            return expert_mlp(x, ids, weights, gate, up, down, impl=impl)
 
         label = f"{T} tokens, top {K} of {E} experts {D} x {F}"
         yield label, work, run, arrays, 12 * K * D * F if T == 1 else 0

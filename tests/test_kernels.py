@@ -17,6 +17,8 @@ from scipy.special import expit
 
 from gemtool.errors import UsageError
 from gemtool.kernels import attention, dispatch, expert_mlp, experts, flash_attention
+from gemtool.kernels.attention import chunk_segments, merge_attention, partial_attention
+from gemtool.kernels.glu import Glu
 
 FORWARD = {"rtol": 2e-5, "atol": 2e-5}
 GRADIENT = {"rtol": 1e-4, "atol": 1e-4}
@@ -41,6 +43,7 @@ def compiled(function: Any, impl: str) -> Any:
 # name: (B, T, S, H, KV, D), options. Gradients are compared too, but for FORWARD_ONLY.
 # Where they are not, another case has the same backward pass.
 FORWARD_ONLY = ("decode", "chunk-", "empty-", "window-1", "window-of", "window-above-all", "scale")
+FORWARD_ONLY += ("chunked-above", "chunked-decode", "soft-cap-decode")
 ATTENTION: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
     "one-by-one": ((1, 1, 1, 1, 1, 4), {}),
     "causal": ((2, 129, 129, 2, 2, 8), {}),
@@ -55,6 +58,15 @@ ATTENTION: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
     "window-above-all": ((1, 50, 50, 1, 1, 8), {"window": 1000}),
     "segments": ((2, 280, 280, 2, 1, 8), {"segments": True}),
     "segments-window": ((1, 280, 280, 2, 2, 8), {"segments": True, "window": 40}),
+    "chunked": ((2, 300, 300, 4, 2, 8), {"chunk": 70}),
+    "chunked-by-one": ((1, 40, 40, 2, 2, 8), {"chunk": 1}),
+    "chunked-above-all": ((1, 50, 50, 1, 1, 8), {"chunk": 1000}),
+    "chunked-segments": ((2, 280, 280, 2, 1, 8), {"chunk": 32, "segments": True, "sink": True}),
+    "chunked-decode": ((2, 1, 600, 4, 2, 8), {"chunk": 64, "q_start": 580, "soft_cap": 2.0}),
+    "chunked-step": ((1, 70, 400, 2, 1, 8), {"chunk": 90, "q_start": 330, "sink": True}),
+    "soft-cap-window": ((1, 200, 200, 4, 2, 8), {"soft_cap": 1.5, "window": 50, "sink": True}),
+    "soft-cap-segments": ((2, 150, 150, 2, 1, 8), {"soft_cap": 4.0, "segments": True}),
+    "soft-cap-decode": ((1, 1, 700, 2, 1, 8), {"soft_cap": 0.5, "q_start": 650, "kv_length": 651}),
     "decode": ((3, 1, 1300, 4, 2, 8), {"q_start": 1100, "kv_length": 1101}),
     "decode-first": ((1, 1, 700, 2, 2, 8), {"q_start": 0, "kv_length": 1}),
     "decode-window": ((1, 1, 700, 2, 1, 8), {"q_start": 650, "kv_length": 651, "window": 64}),
@@ -92,32 +104,51 @@ def attention_case(name: str) -> tuple[dict[str, Any], dict[str, Any], dict[str,
         inputs["sink"] = normal(4, H)
     start = options.get("q_start", 0)
     traced = {x: np.int32(options.pop(x)) for x in ("q_start", "kv_length") if x in options}
-    if options.pop("segments", False):
+    segmented, chunk = options.pop("segments", False), options.pop("chunk", None)
+    if segmented:
         # Documents of unequal length, then padding; row 1 is padding throughout.
         segments = 1 + np.minimum(np.arange(S) // 45, np.arange(S) // 100 + 1).astype(np.int32)
         segments[-S // 10 :] = 0
         kv_segments = np.stack([segments * (b == 0) for b in range(B)])
+    elif chunk:
+        kv_segments = np.ones((B, S), np.int32)
+    if chunk:
+        positions = np.broadcast_to(positions_in(kv_segments), (B, S))
+        kv_segments = np.asarray(chunk_segments(positions, kv_segments, chunk))
+    if segmented or chunk:
         traced["kv_segments"] = kv_segments
         traced["q_segments"] = kv_segments[:, start : start + T]
     return inputs, traced, options
 
 
+def positions_in(segments: np.ndarray) -> np.ndarray:
+    """The index of each position within its segment: int32 [B, S] of a row or several alike."""
+    row = segments[0]
+    begins = np.flatnonzero(np.diff(row, prepend=-1))
+    index = np.arange(len(row)) - np.repeat(begins, np.diff(begins, append=len(row)))
+    return index.astype(np.int32)[None]
+
+
 @functools.cache
-def attention_results(name: str, impl: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+def attention_results(
+    name: str, impl: str
+) -> tuple[tuple[np.ndarray, np.ndarray], dict[str, np.ndarray]]:
     inputs, traced, options = attention_case(name)
     (B, T, _, H, _, D), _ = ATTENTION[name]
-    along = normal(5, B, T, H, D)
+    along, along_lse = normal(5, B, T, H, D), normal(6, B, T, H)
 
-    def forward(inputs: dict[str, Any], traced: dict[str, Any]) -> tuple[jax.Array, jax.Array]:
-        out = flash_attention(**inputs, **traced, **options, impl=impl)
-        return (out * along).sum(), out
+    def forward(inputs: dict[str, Any], traced: dict[str, Any]) -> tuple[jax.Array, Any]:
+        out, lse = partial_attention(**inputs, **traced, **options, impl=impl)
+        sees = lse > -1e29
+        return (out * along).sum() + jnp.where(sees, lse * along_lse, 0).sum(), (out, lse)
 
     arguments = jax.tree.map(jnp.asarray, (inputs, traced))
     if name.startswith(FORWARD_ONLY):
-        return np.asarray(compiled(forward, impl)(*arguments)[1]), {}
+        out, lse = compiled(forward, impl)(*arguments)[1]
+        return (np.asarray(out), np.asarray(lse)), {}
     run = compiled(jax.value_and_grad(forward, has_aux=True), impl)
-    (_, out), gradients = run(*arguments)
-    return np.asarray(out), {key: np.asarray(g) for key, g in gradients.items()}
+    (_, (out, lse)), gradients = run(*arguments)
+    return (np.asarray(out), np.asarray(lse)), {key: np.asarray(g) for key, g in gradients.items()}
 
 
 @pytest.mark.parametrize("name", ATTENTION)
@@ -125,12 +156,46 @@ def attention_results(name: str, impl: str) -> tuple[np.ndarray, dict[str, np.nd
 def test_attention(impl: str, name: str) -> None:
     out, gradients = attention_results(name, impl)
     expected, expected_gradients = attention_results(name, "reference")
-    np.testing.assert_allclose(out, expected, **FORWARD)
+    for got, want in zip(out, expected, strict=True):
+        np.testing.assert_allclose(got, want, **FORWARD)
     for key, want in expected_gradients.items():
         got = gradients[key]
         assert got.dtype == want.dtype, key
         tolerance = {"rtol": 2e-3, "atol": 2e-3} if got.dtype == np.float16 else GRADIENT
         np.testing.assert_allclose(got, want, **tolerance, err_msg=key)
+
+
+@pytest.mark.parametrize("impl", attention.IMPLEMENTATIONS)
+@pytest.mark.parametrize("with_sink", [False, True])
+def test_attention_to_parts_merges_to_attention_to_all(impl: str, with_sink: bool) -> None:
+    q, k, v = (jnp.asarray(normal(i, 2, 96, 4, 8, scale=2)) for i in (1, 2, 3))
+    sink = jnp.asarray(normal(4, 4)) if with_sink else None
+    along = jnp.asarray(normal(5, 2, 96, 4, 8))
+    edges = [(0, 10), (10, 64), (64, 96)]
+
+    def whole(q: jax.Array, k: jax.Array, v: jax.Array, sink: Any) -> Any:
+        out, lse = partial_attention(q, k, v, causal=False, sink=sink, impl=impl)
+        return (out * along).sum(), (out, lse)
+
+    def merged(q: jax.Array, k: jax.Array, v: jax.Array, sink: Any) -> Any:
+        parts = [
+            partial_attention(q, k[:, a:b], v[:, a:b], causal=False, impl=impl) for a, b in edges
+        ]
+        # Keys that nobody sees change nothing.
+        parts.insert(1, partial_attention(q, k, v, kv_length=0, impl=impl))
+        out, lse = merge_attention(parts, sink)
+        return (out * along).sum(), (out, lse)
+
+    names = (0, 1, 2, 3) if with_sink else (0, 1, 2)
+    results = [
+        jax.jit(jax.value_and_grad(f, argnums=names, has_aux=True))(q, k, v, sink)
+        for f in (whole, merged)
+    ]
+    ((_, outputs), gradients), ((_, expected), expected_gradients) = results[1], results[0]
+    for got, want in zip(outputs, expected, strict=True):
+        np.testing.assert_allclose(got, want, **FORWARD)
+    for got, want in zip(gradients, expected_gradients, strict=True):
+        np.testing.assert_allclose(got, want, **GRADIENT)
 
 
 def attention_loop(
@@ -174,7 +239,8 @@ def attention_loop(
 
 
 @pytest.mark.parametrize(
-    "name", ["grouped", "all-to-all", "scale", "everything", "float16-buffer", "empty-buffer"]
+    "name",
+    ["grouped", "all-to-all", "scale", "everything", "chunked", "float16-buffer", "empty-buffer"],
 )
 def test_attention_reference_is_the_definition(name: str) -> None:
     inputs, traced, options = attention_case(name)
@@ -187,6 +253,21 @@ def test_attention_reference_is_the_definition(name: str) -> None:
         for impl in fast(attention) if name == "everything" else ():
             out = flash_attention(**wide, **traced, **options, impl=impl)
             np.testing.assert_allclose(out, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_chunks_begin_with_their_document() -> None:
+    segments = np.array([[1, 1, 1, 1, 1, 2, 2, 2, 0, 0], [1, 1, 1, 1, 2, 3, 4, 4, 4, 4]], np.int32)
+    # The first document of row 1 goes on from another row; the second is of one token.
+    positions = np.array(
+        [[0, 1, 2, 3, 4, 0, 1, 2, 0, 1], [7, 8, 9, 10, 0, 0, 0, 1, 2, 3]], np.int32
+    )
+    np.testing.assert_array_equal(
+        chunk_segments(positions, segments, 3),
+        [[1, 1, 1, 2, 2, 3, 3, 3, 0, 0], [1, 1, 2, 2, 3, 4, 5, 5, 5, 6]],
+    )
+    np.testing.assert_array_equal(
+        chunk_segments(positions, segments, 100), [[1] * 5 + [2] * 3 + [0] * 2, segments[1]]
+    )
 
 
 @pytest.mark.parametrize("impl", fast(attention))
@@ -238,7 +319,8 @@ def test_attention_says_what_does_not_fit(change: dict[str, Any], message: str) 
 
 # Experts -----------------------------------------------------------------------------------------
 
-# name: (T, K, E, D, F), how ids are chosen.
+# name: (T, K, E, D, F), how ids are chosen. Those called "bias" have biases; those that name an
+# activation have that one, clamped at a limit that a good part of the values exceeds.
 EXPERTS: dict[str, tuple[tuple[int, ...], str]] = {
     "one-token": ((1, 2, 4, 8, 12), "distinct"),
     "decode": ((5, 3, 8, 8, 12), "any"),
@@ -253,7 +335,18 @@ EXPERTS: dict[str, tuple[tuple[int, ...], str]] = {
     "nobody": ((40, 2, 4, 8, 12), "none"),
     "tall-blocks": ((1100, 1, 1, 8, 12), "any"),
     "medium-blocks": ((600, 2, 2, 8, 12), "any"),
+    "geglu": ((70, 2, 4, 8, 12), "distinct"),
+    "bias": ((150, 2, 4, 16, 24), "any"),
+    "bias-clamped_swiglu": ((170, 2, 4, 8, 12), "absent"),
+    "bias-nobody": ((40, 2, 4, 8, 12), "none"),
+    "decode-bias-clamped_swiglu": ((4, 3, 8, 8, 12), "absent"),
+    "decode-geglu": ((5, 3, 8, 8, 12), "any"),
 }
+
+
+def activation(name: str) -> Glu:
+    names = [glu for glu in ("geglu", "clamped_swiglu") if glu in name]
+    return Glu(*names, limit=0.8)
 
 
 def expert_case(name: str) -> tuple[dict[str, np.ndarray], np.ndarray]:
@@ -273,6 +366,8 @@ def expert_case(name: str) -> tuple[dict[str, np.ndarray], np.ndarray]:
         "w_up": normal(4, E, D, F, scale=D**-0.5),
         "w_down": normal(5, E, F, D, scale=F**-0.5),
     }
+    if "bias" in name:
+        arrays |= {"b_gate": normal(8, E, F), "b_up": normal(9, E, F), "b_down": normal(10, E, D)}
     return arrays, ids.astype(np.int32)
 
 
@@ -282,7 +377,7 @@ def expert_results(name: str, impl: str) -> tuple[np.ndarray, dict[str, np.ndarr
     along = normal(6, *arrays["x"].shape)
 
     def forward(arrays: dict[str, jax.Array], ids: jax.Array) -> tuple[jax.Array, jax.Array]:
-        out = expert_mlp(expert_ids=ids, **arrays, impl=impl)
+        out = expert_mlp(expert_ids=ids, **arrays, glu=activation(name), impl=impl)
         return (out * along).sum(), out
 
     inputs = jax.tree.map(jnp.asarray, arrays)
@@ -300,26 +395,43 @@ def test_experts(impl: str, name: str) -> None:
     if name.startswith(("one-token", "decode", "nobody", "distinct")):
         # Not differentiated, few pairs take another path, and others keep nothing.
         arrays, ids = expert_case(name)
-        plain = jax.jit(functools.partial(expert_mlp, impl=impl))(expert_ids=ids, **arrays)
+        run = functools.partial(expert_mlp, glu=activation(name), impl=impl)
+        plain = jax.jit(run)(expert_ids=ids, **arrays)
         np.testing.assert_allclose(plain, expected, **FORWARD)
     for key, want in expected_gradients.items():
         np.testing.assert_allclose(gradients[key], want, **GRADIENT, err_msg=key)
 
 
-@pytest.mark.parametrize("name", ["decode-absent", "repeated"])
+def gated(name: str, gate: np.ndarray, up: np.ndarray) -> np.ndarray:
+    """The definition of the activations, in float64."""
+    if "geglu" in name:
+        return gate / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3))) * up
+    if "clamped_swiglu" in name:
+        gate = np.minimum(gate, 0.8)
+        return gate * expit(1.702 * gate) * (np.clip(up, -0.8, 0.8) + 1)
+    return gate * expit(gate) * up
+
+
+@pytest.mark.parametrize(
+    "name", ["decode-absent", "repeated", "geglu", "bias", "decode-bias-clamped_swiglu"]
+)
 def test_experts_reference_is_the_definition(name: str) -> None:
     arrays, ids = expert_case(name)
     wide = {x: a.astype(np.float64) for x, a in arrays.items()}
+    none = dict.fromkeys(("b_gate", "b_up", "b_down"), np.zeros((len(wide["w_gate"]), 1)))
+    w = none | wide
     expected = np.zeros(wide["x"].shape)
     for t, choice in np.ndindex(ids.shape):
         e = ids[t, choice]
         if e < len(wide["w_gate"]):
-            gate, up = wide["x"][t] @ wide["w_gate"][e], wide["x"][t] @ wide["w_up"][e]
-            y = (gate * expit(gate) * up) @ wide["w_down"][e]
+            gate = wide["x"][t] @ w["w_gate"][e] + w["b_gate"][e]
+            up = wide["x"][t] @ w["w_up"][e] + w["b_up"][e]
+            y = gated(name, gate, up) @ w["w_down"][e] + w["b_down"][e]
             expected[t] += wide["weights"][t, choice] * y
     with jax.enable_x64(True):
         for impl in experts.IMPLEMENTATIONS:
-            out = expert_mlp(expert_ids=jnp.asarray(ids), **wide, impl=impl)
+            glu = activation(name)
+            out = expert_mlp(expert_ids=jnp.asarray(ids), **wide, glu=glu, impl=impl)
             np.testing.assert_allclose(out, expected, rtol=1e-12, atol=1e-12)
 
 
@@ -337,8 +449,12 @@ def test_experts_row_does_not_depend_on_the_others(impl: str) -> None:
 
 def test_experts_say_what_does_not_fit() -> None:
     arrays, ids = expert_case("decode")
-    with pytest.raises(ValueError, match=r"w_down \[8, 8, 12\]"):
+    with pytest.raises(ValueError, match=r"down \[8, 8, 12\]"):
         expert_mlp(expert_ids=ids, **(arrays | {"w_down": arrays["w_up"]}))
+    with pytest.raises(ValueError, match="all three biases or none; got up_bias"):
+        expert_mlp(expert_ids=ids, **arrays, b_up=np.zeros((8, 12), np.float32))
+    with pytest.raises(ValueError, match="no activation 'relu'"):
+        expert_mlp(expert_ids=jnp.asarray(ids), **arrays, glu=Glu("relu"))
 
 
 # Dispatch ----------------------------------------------------------------------------------------

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,11 +20,10 @@ from gemtool.model.config import (
     LayerKind,
     ModelConfig,
     MoEConfig,
-    load_preset,
 )
-from gemtool.model.layers import rotary, round_to
-
-GOLDEN = Path(__file__).parent / "golden"
+from gemtool.model.kinds import RopeScaling
+from gemtool.model.layers import round_to
+from gemtool.model.rope import rotary
 
 WINDOW = LayerKind("L", "window", 2, 2, 8, 16, rope_theta=1e4, qk_conv=4)
 RECALL = LayerKind(
@@ -56,6 +54,36 @@ IMPORTED = dataclasses.replace(
     kinds=(PLAIN, ROTARY),
     moe=MoEConfig(4, 2, 16, shared_experts=1, balance="auxiliary", score="sigmoid"),
     tie_embeddings=False,
+)
+CHUNK = LayerKind(
+    "C", "chunk", 2, 1, 8, 16, rope_theta=1e4, rope_scaling=RopeScaling("yarn", 4.0, 64),
+    qk_norm="rms_plain", soft_cap=2.0, sink=True, qkv_bias=True, out_bias=True, qk_conv=3, key_shift=1,
+)  # fmt: skip
+GROWING = LayerKind(
+    "F", "full", 4, 2, 8, qk_norm="rms_joint", soft_cap=1.5, length_scale=0.3, length_floor=8
+)
+CHUNKED = dataclasses.replace(
+    TINY,
+    layers="CFC",
+    kinds=(CHUNK, GROWING),
+    activation="geglu",
+    mlp_bias=True,
+    norm_offset=True,
+    post_norms=True,
+    logit_soft_cap=3.0,
+    moe=MoEConfig(4, 1, 16, groups=2, score="sigmoid", normalise=False, weigh="input", every=2),
+)
+PARALLEL = dataclasses.replace(
+    TINY,
+    layers="LR",
+    kinds=(
+        dataclasses.replace(WINDOW, soft_cap=1.0, sink=True),
+        dataclasses.replace(ROTARY, rope_scaling=RopeScaling("llama3", 8.0, 64, fast=4.0)),
+    ),
+    activation="clamped_swiglu",
+    glu_limit=0.5,
+    parallel=True,
+    moe=MoEConfig(4, 2, 16, shared_experts=1, router_bias=True, expert_bias=True),
 )
 LENGTH = 130
 CAPACITY = 240  # one for most tests: fewer programs to compile
@@ -162,9 +190,11 @@ def assert_close(actual: jax.Array, expected: jax.Array, kv_dtype: str = "float3
     [
         (TINY, (1, 3, 64, 100)),
         (IMPORTED, (64,)),
+        (CHUNKED, (1, 7, 100)),
+        (PARALLEL, (7, 64)),
         (dataclasses.replace(TINY, kv_dtype="float16"), (1,)),
     ],
-    ids=["tiny", "imported", "float16"],
+    ids=["tiny", "imported", "chunked", "parallel", "float16"],
 )
 def test_steps_of_any_size_equal_forward(config: ModelConfig, chunks: tuple[int, ...]) -> None:
     p = random_params(config)
@@ -188,13 +218,20 @@ def test_chunk_sizes_may_change_between_steps() -> None:
     assert_close(jnp.concatenate([first, second, third], axis=1), whole)
 
 
-def test_kv_only_prefill_is_exact_beyond_its_reach() -> None:
-    config = dataclasses.replace(TINY, layers="LGLL", moe=None)
+@pytest.mark.parametrize(
+    ("config", "reach"),
+    [
+        (dataclasses.replace(TINY, layers="LGLL", moe=None), 2 * (15 + 3)),
+        (dataclasses.replace(CHUNKED, layers="CFCC", moe=None), 2 * (15 + 3)),
+        (dataclasses.replace(PARALLEL, layers="LRL", moe=None), 15 + 3),
+    ],
+    ids=["window", "chunk", "parallel"],
+)
+def test_kv_only_prefill_is_exact_beyond_its_reach(config: ModelConfig, reach: int) -> None:
     p = random_params(config)
     x = transformer.embed(p, config, random_tokens(4))
     whole, _ = run_steps(p, config, x, 64)
-    reach = transformer.tail_reach(config)
-    assert reach == 2 * (15 + 3)
+    assert transformer.tail_reach(config) == reach
     skipped = LENGTH - 1 - reach
     assert skipped > 64
     cache = caches.init_cache(config, 2, CAPACITY)
@@ -244,7 +281,9 @@ def test_equal_shapes_compile_once() -> None:
 # --- packed documents -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("config", [TINY, IMPORTED], ids=["tiny", "imported"])
+@pytest.mark.parametrize(
+    "config", [TINY, IMPORTED, CHUNKED, PARALLEL], ids=["tiny", "imported", "chunked", "parallel"]
+)
 def test_packed_documents_do_not_see_each_other(config: ModelConfig) -> None:
     p, tokens = random_params(config), random_tokens(8)
     edges = [(0, 50, 1), (50, 53, 2), (53, 120, 3), (120, LENGTH, 0)]
@@ -311,37 +350,39 @@ def test_recall_layer_points_at_what_followed_before_training() -> None:
 # --- experts --------------------------------------------------------------------------------------
 
 
-def expert_setup(**changes: Any) -> tuple[params.Tree, MoEConfig, jax.Array]:
-    mixture = dataclasses.replace(TINY.moe, **changes)
-    config = dataclasses.replace(TINY, moe=mixture)
+def expert_setup(**changes: Any) -> tuple[params.Tree, ModelConfig, jax.Array]:
+    config = dataclasses.replace(TINY, moe=dataclasses.replace(TINY.moe, **changes))
     x = jax.random.normal(jax.random.key(3), (40, 32))
-    return random_params(config)["layers"]["1"]["moe"], mixture, x
+    return random_params(config)["layers"]["1"]["moe"], config, x
 
 
-def naive_experts(p: params.Tree, mixture: MoEConfig, x: jax.Array) -> np.ndarray:
-    ids, weights, _, _ = moe.route(p, mixture, x)
+def naive_experts(p: params.Tree, config: ModelConfig, x: jax.Array) -> np.ndarray:
+    assert config.moe is not None
+    ids, weights, _, _ = moe.route(p, config.moe, x)
     gate, up, down = (np.asarray(p[name]) for name in ("gate", "up", "down"))
     y = np.zeros_like(x)
-    for t, row in enumerate(np.asarray(x)):
+    at_input = config.moe.weigh == "input"
+    for t, token in enumerate(np.asarray(x)):
         for e, weight in zip(np.asarray(ids)[t], np.asarray(weights)[t], strict=True):
+            row, weight = (weight * token, 1) if at_input else (token, weight)
             before = row @ gate[e]
             y[t] += weight * ((before / (1 + np.exp(-before)) * (row @ up[e])) @ down[e])
     return y
 
 
-@pytest.mark.parametrize("case", ["plain", "tie", "one expert", "empty expert"])
+@pytest.mark.parametrize("case", ["plain", "input", "tie", "one expert", "empty expert"])
 def test_experts_equal_a_loop_over_tokens(case: str) -> None:
-    p, mixture, x = expert_setup()
+    weigh = "input" if case == "input" else "output"
+    p, config, x = expert_setup(weigh=weigh, top_k=1 if case == "one expert" else 2)
     if case == "tie":
         p = {**p, "router": jnp.zeros_like(p["router"]), "bias": jnp.zeros((4,))}
     if case == "one expert":
-        mixture = dataclasses.replace(mixture, top_k=1)
         p = {**p, "bias": jnp.asarray([0.0, 9.0, 0.0, 0.0])}
     if case == "empty expert":
         p = {**p, "bias": jnp.asarray([0.0, 0.0, -9.0, 0.0])}
     present = jnp.ones((40,), bool)
-    y, stats = jitted_moe(p, mixture, x, present)
-    np.testing.assert_allclose(y, naive_experts(p, mixture, x), atol=1e-5)
+    y, stats = jitted_moe(p, config, x, present)
+    np.testing.assert_allclose(y, naive_experts(p, config, x), atol=1e-5)
     expected = {"tie": [0.5, 0.5, 0, 0], "one expert": [0, 1, 0, 0]}
     if case in expected:
         np.testing.assert_allclose(stats["load"], expected[case], atol=1e-6)
@@ -350,24 +391,47 @@ def test_experts_equal_a_loop_over_tokens(case: str) -> None:
 
 
 def test_absent_tokens_get_nothing() -> None:
-    p, mixture, x = expert_setup()
+    p, config, x = expert_setup()
     present = jnp.arange(40, dtype=jnp.int32) < 30
-    y, stats = jitted_moe(p, mixture, x, present)
-    alone, stats_alone = jitted_moe(p, mixture, x[:30], present[:30])
+    y, stats = jitted_moe(p, config, x, present)
+    alone, stats_alone = jitted_moe(p, config, x[:30], present[:30])
     np.testing.assert_allclose(y[:30], alone, atol=1e-6)
     assert not np.asarray(y[30:]).any()
     for name, value in stats.items():
         np.testing.assert_allclose(value, stats_alone[name], rtol=1e-5)
 
 
+def test_weights_of_the_chosen() -> None:
+    p, config, x = expert_setup(balance="auxiliary", normalise=False, weight_scale=3.0)
+    assert config.moe is not None
+    ids, weights, scores, logits = moe.route(p, config.moe, x)
+    np.testing.assert_allclose(weights, 3 * jnp.take_along_axis(scores, ids, axis=1), rtol=1e-6)
+    # Normalised, softmax before the choice is softmax after it.
+    after = dataclasses.replace(config.moe, normalise=True, weight_scale=1.0)
+    _, weights, _, _ = moe.route(p, after, x)
+    chosen = jax.nn.softmax(jnp.take_along_axis(logits, ids, axis=1))
+    np.testing.assert_allclose(weights, chosen, rtol=1e-5)
+
+
+def test_router_losses() -> None:
+    """At perfect balance the balance loss is one; the z loss is the squared log-partition."""
+    p, config, x = expert_setup(balance="auxiliary")
+    p = {**p, "router": jnp.zeros_like(p["router"])}
+    _, stats = jitted_moe(p, config, x, jnp.ones((40,), bool))
+    assert config.moe is not None
+    np.testing.assert_allclose(stats["balance_loss"], 1, rtol=1e-6)
+    np.testing.assert_allclose(stats["z_loss"], np.log(4) ** 2, rtol=1e-6)
+    loss = config.moe.z_loss * np.log(4) ** 2 + config.moe.auxiliary_loss
+    np.testing.assert_allclose(moe.router_loss(config.moe, stats), loss, rtol=1e-6)
+
+
 def test_bias_updates_bring_balance() -> None:
-    p, mixture, x = expert_setup()
+    p, config, x = expert_setup()
     p = {**p, "bias": jnp.asarray([0.2, 0.0, 0.0, -0.2])}
-    config = dataclasses.replace(TINY, moe=mixture)
     tree: params.Tree = {"layers": {"1": {"moe": p}}}
     present = jnp.ones((40,), bool)
     for _ in range(400):
-        _, stats = jitted_moe(tree["layers"]["1"]["moe"], mixture, x, present)
+        _, stats = jitted_moe(tree["layers"]["1"]["moe"], config, x, present)
         tree = moe.update_biases(tree, config, {"1": stats["load"]})
     assert float(jnp.abs(stats["load"] - 0.25).max()) < 0.06
     untouched = moe.update_biases(tree, IMPORTED, {"1": stats["load"]})
@@ -379,8 +443,13 @@ def test_bias_updates_bring_balance() -> None:
 
 @pytest.mark.parametrize(
     "config",
-    [TINY, pytest.param(IMPORTED, marks=pytest.mark.slow)],
-    ids=["tiny", "imported"],
+    [
+        TINY,
+        CHUNKED,
+        pytest.param(IMPORTED, marks=pytest.mark.slow),
+        pytest.param(PARALLEL, marks=pytest.mark.slow),
+    ],
+    ids=["tiny", "chunked", "imported", "parallel"],
 )
 def test_every_parameter_has_a_finite_gradient(config: ModelConfig) -> None:
     config = dataclasses.replace(config, kv_dtype="float16")
@@ -420,89 +489,3 @@ def test_rotary_scores_depend_on_distance_only() -> None:
 
     np.testing.assert_allclose(score(0, 5), score(900, 5), atol=1e-4)
     assert abs(float(score(0, 5) - score(0, 6))) > 1e-3
-
-
-# --- parameters and configuration -----------------------------------------------------------------
-
-
-def test_nano_parameters_are_as_recorded() -> None:
-    """On purpose? Write params.describe(config) to tests/golden/nano.txt and review the difference."""
-    assert params.describe(load_preset("nano")) == (GOLDEN / "nano.txt").read_text("utf-8")
-
-
-@pytest.mark.parametrize("config", [TINY, IMPORTED], ids=["tiny", "imported"])
-def test_the_table_describes_the_arrays(config: ModelConfig) -> None:
-    arrays = params.flatten(params.init_params(config, jax.random.key(0)))
-    specs = params.flatten(params.param_specs(config))
-    abstract = params.flatten(params.abstract_params(config))
-    assert arrays.keys() == specs.keys() == abstract.keys()
-    for path, array in arrays.items():
-        assert array.shape == specs[path].shape == abstract[path].shape, path
-        assert array.dtype == abstract[path].dtype, path
-        assert not array.weak_type, path
-        assert len(specs[path].axes) == array.ndim, path
-    total, active = params.count_params(config)
-    assert total == sum(array.size for array in arrays.values())
-    assert total - active == 2 * 3 * 32 * 16  # two of four experts sleep
-
-
-def test_initial_values_depend_on_the_path_only() -> None:
-    one = params.flatten(params.init_params(TINY, jax.random.key(0)))
-    taller = dataclasses.replace(TINY, layers="LGLG")
-    two = params.flatten(params.init_params(taller, jax.random.key(0)))
-    np.testing.assert_array_equal(one["layers/1/attention/k"], two["layers/1/attention/k"])
-    assert (one["layers/0/attention/k"] != one["layers/0/attention/v"]).any()
-    heads = one["layers/1/attention/q"]
-    np.testing.assert_array_equal(heads[:, :1], one["layers/1/attention/k"])
-    np.testing.assert_array_equal(heads[:, 1:], one["layers/1/attention/k"])
-
-
-@pytest.mark.parametrize("config", [TINY, IMPORTED, load_preset("nano")], ids=lambda c: c.layers)
-def test_config_round_trips_through_toml(config: ModelConfig) -> None:
-    import tomllib
-
-    import tomli_w
-
-    text = tomli_w.dumps({"model": config.to_dict()})
-    again = ModelConfig.from_dict(tomllib.loads(text)["model"])
-    assert again == config
-    assert hash(again) == hash(config)
-
-
-@pytest.mark.parametrize(
-    ("where", "key", "value", "message"),
-    [
-        ((), "d_modle", 3, "model: unknown key 'd_modle'; did you mean 'd_model'?"),
-        ((), "d_model", "wide", "model: d_model must be int, not 'wide'"),
-        ((), "layers", "LXL", "names the kind 'X'"),
-        ((), "kv_dtype", "int3", "kv_dtype must be one of float16, float32"),
-        (("kinds", "L"), "windw", 3, "model.kinds.L: unknown key 'windw'; did you mean 'window'?"),
-        (("kinds", "L"), "window", 0, "window must be positive for window attention"),
-        (("kinds", "G"), "kv_heads", 3, r"heads \(2\) must be a multiple of kv_heads \(3\)"),
-        (("kinds", "G"), "sink", 1, "sink must be bool"),
-        (("moe",), "top_k", 9, r"top_k \(9\) must not exceed experts \(4\)"),
-        (("encoders", "visual"), "tokens", 15, "square number"),
-    ],
-)
-def test_bad_configs_say_what_is_wrong(where: Any, key: str, value: Any, message: str) -> None:
-    table = TINY.to_dict()
-    node = table
-    for name in where:
-        node = node[name]
-    node[key] = value
-    with pytest.raises(GemtoolError, match=message):
-        ModelConfig.from_dict(table)
-
-
-def test_missing_key_and_unknown_preset() -> None:
-    table = TINY.to_dict()
-    del table["d_ff"]
-    with pytest.raises(GemtoolError, match="model: missing d_ff"):
-        ModelConfig.from_dict(table)
-    with pytest.raises(GemtoolError, match="unknown preset 'nanoo'; did you mean 'nano'"):
-        load_preset("nanoo")
-
-
-def test_nano_is_small() -> None:
-    total, active = params.count_params(load_preset("nano"))
-    assert 3e6 < active < total < 6e6

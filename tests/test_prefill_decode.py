@@ -366,6 +366,28 @@ def test_a_saved_context_answers_as_the_one_in_memory(engine: Engine, tmp_path: 
     assert engine.answer(restored, question).tokens == engine.answer(live, question).tokens
 
 
+def test_chunked_layers_keep_no_more_than_a_chunk(vocab: Vocab, tmp_path: Path) -> None:
+    table = tiny(vocab.size, "LGL", kv_dtype="float32").to_dict()
+    table["kinds"]["C"] = table["kinds"].pop("L") | {"attention": "chunk", "soft_cap": 2.0}
+    table |= {"layers": "CGC", "parallel": True, "post_norms": True, "norm_offset": True}
+    engine = make_engine(tmp_path / "run", ModelConfig.from_dict(table), vocab, 64)
+    spans = text_document("a", text_tokens(150))[:1]
+    save(engine, tmp_path / "a.ctx", spans)
+    with open_contexts(str(tmp_path / "a.ctx")) as contexts:
+        context = next(contexts)
+        kept = [(layer["attention"], layer["window"]) for layer in context.header.layout]
+        assert kept == [("chunk", 8), ("full", 0), ("chunk", 8)]
+        restored = load_context(engine, context)
+    assert restored.state()["layers/0/k"].shape == (1, 8, 1, 8)
+    new = text_tokens(11, 7)  # beyond the end of the chunk that the context ends in
+    expected = full_logits(engine, [*spans, Span("a", 1, "text", new, start=150)])
+    np.testing.assert_allclose(restored.logits, expected[149], atol=1e-4)
+    with restored.fork() as live:
+        for token, scores in zip(new, expected[150:], strict=True):
+            live.extend(np.array([token], np.int32))
+            np.testing.assert_allclose(live.logits, scores, atol=1e-4)
+
+
 def test_blocks_and_states(engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gemtool.infer.prefill.STATE_EVERY", 4096)
     assert STATE_EVERY % 4096 == 0

@@ -369,6 +369,40 @@ def test_killed_and_resumed_is_as_if_never_killed(gemtool, workshop, whole, tmp_
     assert {p.name for p in run.iterdir()} == {p.name for p in whole[1].iterdir()}
 
 
+def test_a_run_on_a_mesh_is_the_run_on_one_device(gemtool, workshop, whole, tmp_path):
+    """Up to rounding, from the first step to the last."""
+    rows = losses_on_a_mesh(gemtool, workshop, tmp_path / "run", "fsdp=2,expert=2", 12)
+    np.testing.assert_allclose(rows, [row["loss"] for row in whole[0]], rtol=2e-3)
+
+
+def test_a_run_goes_on_on_another_mesh(gemtool, workshop, tmp_path):
+    losses_on_a_mesh(gemtool, workshop, tmp_path / "a", "context=2,tensor=2", 4)
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    meshes = {"a": "data=4", "b": None}
+    rows = [losses_on_a_mesh(gemtool, workshop, tmp_path / k, meshes[k], 7) for k in meshes]
+    assert len(rows[0]) == 3
+    np.testing.assert_allclose(*rows, rtol=2e-3)
+
+
+def losses_on_a_mesh(gemtool, workshop, run, mesh: str | None, steps: int) -> list[float]:
+    more = () if mesh is None else ("--mesh", mesh)
+    done = gemtool(
+        *arguments(workshop, run, "--steps", steps, "--resume", *more),
+        env={**environment(workshop), "XLA_FLAGS": "--xla_force_host_platform_device_count=4"},
+    )
+    return [row["loss"] for row in rows_of(done.stdout)]
+
+
+def test_a_mesh_that_does_not_fit_is_refused(gemtool, workshop, tmp_path):
+    for mesh, message in (
+        ("data=2", b"takes 2 devices; there is 1"),
+        ("dat=2", b"no axis 'dat'; did you mean 'data'?"),
+    ):
+        done = gemtool(*arguments(workshop, tmp_path / "r", "--mesh", mesh), check=False)
+        assert (done.returncode, message in done.stderr) == (2, True)
+        assert not (tmp_path / "r").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("step", [1, 4, 8, 9, 11])
 def test_killed_at_any_moment(gemtool, workshop, whole, tmp_path, step):
@@ -571,7 +605,7 @@ def test_init_with_an_extended_vocabulary(gemtool, monkeypatch, workshop, whole,
     np.testing.assert_array_equal(table[: old.size], before)
     for i in range(old.size, new.size):
         spelled = old.encode(new.piece_bytes(i))
-        np.testing.assert_allclose(table[i], before[spelled].mean(0), rtol=1e-6)
+        np.testing.assert_allclose(table[i], before[spelled].mean(0, dtype=np.float64), rtol=1e-6)
 
     write_shards(tmp_path / "shards", new, lines[:9] * 9)
     gemtool(
@@ -594,6 +628,7 @@ def test_init_with_an_extended_vocabulary(gemtool, monkeypatch, workshop, whole,
         ({"model": "nanoo"}, "did you mean 'nano'", 2),
         ({"model": "{bad}"}, "did you mean 'd_ff'", 1),
         ({"batch": 3, "accumulate": 2}, "--accumulate", 2),
+        ({"model": "pro"}, "pro: to train its 22", 2),
         ({"batch": 10**9}, "--batch 1000000000: a step of so many sequences of 32 takes more", 2),
         ({"resume": True, "force": True}, "--resume", 2),
         ({"init": "nowhere"}, "--model", 2),

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from gemtool.cli import VERBS
+from gemtool.cmd.help import manual_page
 from tests.conftest import ROOT, Command, command_environment
 
 VERB_NAMES = sorted(VERBS)
@@ -297,6 +298,7 @@ def test_help_of_formats(gemtool: Command) -> None:
     for topic in ("stream", "context", "gemtool"):
         assert b"NAME" in gemtool("help", topic).stdout
     assert b"gemtool-help - show" in gemtool("help", "help").stdout
+    assert manual_page("shard") == ROOT / "man" / "man1" / "gemtool-shard.1"
     done = gemtool("help", "streem", check=False)
     assert done.returncode == 2
     assert b"'stream'" in done.stderr

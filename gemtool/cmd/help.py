@@ -54,11 +54,12 @@ def help(  # noqa: A001 (the verb's name)
 
 
 def manual_page(topic: str) -> Path | None:
-    """Where a page is: installed, or in the checkout that gemtool runs from."""
+    """Where a page is: in the checkout that gemtool runs from, whose installed pages may be of
+    another day, or installed."""
     section = "5" if topic in FORMATS else "1"
     name = "gemtool" if topic == "gemtool" else f"gemtool-{topic}"
     checkout = Path(__file__).parents[2]
-    for folder in (Path(sys.prefix) / "share" / "man", checkout / "man"):
+    for folder in (checkout / "man", Path(sys.prefix) / "share" / "man"):
         page = folder / f"man{section}" / f"{name}.{section}"
         if page.exists():
             return page

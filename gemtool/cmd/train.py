@@ -35,8 +35,8 @@ def train(
             "--model",
             metavar="PRESET|FILE",
             autocompletion=presets,
-            help="Architecture: a preset or a TOML file; nano by default. Its vocabulary size and "
-            "soft tokens follow the data.",
+            help="Architecture: a preset (nano, mini, flash, pro) or a TOML file; nano by default. "
+            "Its vocabulary size and soft tokens follow the data.",
         ),
     ] = None,
     init: Annotated[
@@ -64,6 +64,14 @@ def train(
             help="Compute a step in N parts, for less memory; N divides --batch.",
         ),
     ] = 1,
+    mesh: Annotated[
+        str | None,
+        typer.Option(
+            "--mesh",
+            metavar="AXIS=N,...",
+            help="Spread the run over devices along data, fsdp, expert, context and tensor.",
+        ),
+    ] = None,
     lr: Annotated[
         float | None,
         typer.Option(
@@ -130,6 +138,7 @@ def train(
         steps=steps,
         batch=batch,
         accumulate=accumulate,
+        mesh=mesh,
         lr=lr,
         warmup=warmup,
         eval=eval,

@@ -3,17 +3,17 @@
 For the normed hidden rows x of one document, and for each query head with its key/value head,
 
     h_t  = sum_j conv_j * x_{t-j}                  depthwise causal convolution (`qk_conv` taps)
-    q_t  = W_q h_t       k_t = W_k h_{t - key_shift}       v_t = W_v x_t
+    q_t  = W_q h_t       k_t = W_k h_{t - key_shift}       v_t = W_v x_t       each plus its bias
     q, k = norm(q), norm(k), rotated by their position where the kind has `rope_theta`
-    s_ti = temperature * <q_t, k_i>                for i <= t (and t - i < window)
-    y_t  = W_o sum_i softmax_i(s_t., sink) v_i
+    s_ti = cap(temperature * <q_t, k_i>)           for the i <= t within the window or chunk of t
+    y_t  = W_o sum_i softmax_i(s_t., sink) v_i + bias
 
 With `key_shift` = 1 and W_q = W_k, the query after "...ABC" matches the key of whatever token
 followed an earlier "...ABC" and returns that token's value: recall in a single layer.
 
 A step over new rows needs little of the past: `conv_tail` rows of x, and the keys and values within
-reach. Windows cache keys *before* rotation and rotate relative to the step, since float32 angles of
-absolute positions lose their meaning at millions of tokens.
+reach. Windows and chunks cache keys *before* rotation and rotate relative to the step, since float32
+angles of absolute positions lose their meaning at millions of tokens.
 
 Axes: B batch, T new positions, S keys, D model, H query heads, N key/value heads, K head dimension.
 """
@@ -21,15 +21,18 @@ Axes: B batch, T new positions, S keys, D model, H query heads, N key/value head
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from gemtool.kernels.attention import flash_attention
+from gemtool.kernels.attention import chunk_segments, flash_attention
 from gemtool.model.config import LayerKind, ModelConfig
-from gemtool.model.layers import rms_norm, rotary, round_to, unit_norm
+from gemtool.model.layers import norm, plain_rms_norm, round_to, unit_norm
+from gemtool.model.parallel import packed_attention
 from gemtool.model.params import Tree
+from gemtool.model.rope import rotary
 
 
 @jax.tree_util.register_dataclass
@@ -38,7 +41,8 @@ class LayerCache:
     """What one layer keeps of the past.
 
     `k`, `v`      [B, S, N, K] in the config's `kv_dtype`. Full attention: S is the capacity, rows
-                  from the cache's length on are free. Window: S is the window, the last row newest.
+                  from the cache's length on are free. Window or chunk: S is `window`, the last row
+                  newest.
     `tail`        float32 [B, conv_tail, D], the last normed hidden rows, newest last; zeros before
                   the beginning.
     """
@@ -67,22 +71,15 @@ def attend_packed(
     before = ((0, 0), (kind.conv_tail, 0))
     rows = jnp.pad(x, (*before, (0, 0)))
     q, k, v = _project(p, config, kind, rows, jnp.pad(segments, before, constant_values=-1))
-    if kind.rope_theta:
-        q = rotary(q, positions, kind.rope_theta)
-        k = rotary(k, positions, kind.rope_theta)
-    if kind.attention == "full":
+    q, k = _sharpened(kind, _rotated(kind, q, positions), positions), _rotated(kind, k, positions)
+    if not kind.bounded:
         k = round_to(k, config.kv_dtype)
-    out = flash_attention(
-        q,
-        k,
-        v,
-        scale=_scale(kind),
-        window=kind.window or None,
-        q_segments=segments,
-        kv_segments=segments,
-        sink=p.get("sink"),
-    )
-    return jnp.einsum("bthk,hkd->btd", out, p["o"])
+    visible = segments
+    if kind.attention == "chunk":
+        visible = chunk_segments(positions, segments, kind.window)
+    # A chunk is a window too: how far back keys are wanted.
+    window = kind.window if kind.bounded else None
+    return _attend(p, kind, (q, k, v), packed_attention, segments=visible, window=window)
 
 
 def attend_cached(
@@ -100,10 +97,9 @@ def attend_cached(
     of the T are real. Returns [B, T, D], of which rows from `valid` on mean nothing, and the cache
     with the real rows added.
     """
-    extend = _extend_window if kind.attention == "window" else _extend_full
+    extend = _extend_bounded if kind.bounded else _extend_full
     q, k, v, attended, cache = extend(p, config, kind, x, cache, length, valid)
-    out = flash_attention(q, k, v, scale=_scale(kind), sink=p.get("sink"), **attended)
-    return jnp.einsum("bthk,hkd->btd", out, p["o"]), cache
+    return _attend(p, kind, (q, k, v), flash_attention, **attended), cache
 
 
 def write_keys(
@@ -116,7 +112,7 @@ def write_keys(
     valid: jax.Array,
 ) -> LayerCache:
     """The cache that `attend_cached` returns, without attending."""
-    extend = _extend_window if kind.attention == "window" else _extend_full
+    extend = _extend_bounded if kind.bounded else _extend_full
     return extend(p, config, kind, x, cache, length, valid)[-1]
 
 
@@ -136,10 +132,8 @@ def _extend_full(
     """
     rows = jnp.concatenate([cache.tail, x], axis=1)
     q, k, v = _project(p, config, kind, rows)
-    if kind.rope_theta:
-        positions = (length + jnp.arange(x.shape[1], dtype=jnp.int32))[None, :]
-        q = rotary(q, positions, kind.rope_theta)
-        k = rotary(k, positions, kind.rope_theta)
+    positions = (length + jnp.arange(x.shape[1], dtype=jnp.int32))[None, :]
+    q, k = _sharpened(kind, _rotated(kind, q, positions), positions), _rotated(kind, k, positions)
     k = round_to(k, config.kv_dtype).astype(cache.k.dtype)
     v = v.astype(cache.v.dtype)
     cache = LayerCache(
@@ -151,7 +145,7 @@ def _extend_full(
     return q, cache.k, cache.v, attended, cache
 
 
-def _extend_window(
+def _extend_bounded(
     p: Tree,
     config: ModelConfig,
     kind: LayerKind,
@@ -160,7 +154,8 @@ def _extend_window(
     length: jax.Array,
     valid: jax.Array,
 ) -> Extended:
-    """Keys and values of the window followed by the new ones; positions are relative to the step."""
+    """Keys and values of the last `window` positions followed by the new ones, rotated relative to
+    the step."""
     steps, window = x.shape[1], kind.window
     rows = jnp.concatenate([cache.tail, x], axis=1)
     q, k, v = _project(p, config, kind, rows)
@@ -173,19 +168,40 @@ def _extend_window(
     )
     k, v = k.astype(q.dtype), v.astype(q.dtype)
     relative = jnp.arange(window + steps, dtype=jnp.int32)[None, :]
-    if kind.rope_theta:
-        q = rotary(q, relative[:, window:], kind.rope_theta)
-        k = rotary(k, relative, kind.rope_theta)
-    # Near the beginning, the oldest rows of the window do not exist yet.
-    exists = jnp.where(relative + length >= window, 1, 0).astype(jnp.int32)
-    exists = jnp.broadcast_to(exists, (x.shape[0], window + steps))
+    q, k = _rotated(kind, q, relative[:, window:]), _rotated(kind, k, relative)
+    # Their positions in the document, plus the window.
+    later = relative + length
+    q = _sharpened(kind, q, later[:, window:] - window)
+    # Rows before the beginning do not exist: they get 0. Others, 1 or the number of their chunk.
+    segments = later // window
+    if kind.attention == "window":
+        segments = jnp.minimum(segments, 1)
+    segments = jnp.broadcast_to(segments, (x.shape[0], window + steps))
     attended = {
         "window": window,
         "q_start": window,
-        "q_segments": jnp.ones((x.shape[0], steps), jnp.int32),
-        "kv_segments": exists,
+        "q_segments": segments[:, window:],
+        "kv_segments": segments,
     }
     return q, k, v, attended, cache
+
+
+def _attend(
+    p: Tree,
+    kind: LayerKind,
+    qkv: tuple[jax.Array, jax.Array, jax.Array],
+    kernel: Callable[..., jax.Array],
+    **visible: Any,
+) -> jax.Array:
+    """Softmax over what is visible (options of `kernel`), and the output projection.
+
+    Queries [B, T, H, K], keys and values [B, S, N, K] -> [B, T, D].
+    """
+    out = kernel(
+        *qkv, scale=kind.scale, sink=p.get("sink"), soft_cap=kind.soft_cap or None, **visible
+    )
+    y = jnp.einsum("bthk,hkd->btd", out, p["o"])
+    return y + p["o_bias"][None, None, :] if kind.out_bias else y
 
 
 def _project(
@@ -210,20 +226,40 @@ def _project(
     q = jnp.einsum("btd,dhk->bthk", for_q, p["q"])
     k = jnp.einsum("btd,dnk->btnk", for_k, p["k"])
     v = jnp.einsum("btd,dnk->btnk", rows[:, kind.conv_tail :], p["v"])
+    if kind.qkv_bias:
+        q, k, v = (x + p[f"{n}_bias"][None, None] for n, x in zip("qkv", (q, k, v), strict=True))
     if kind.qk_norm == "unit":
         q, k = unit_norm(q), unit_norm(k)
         q = jnp.einsum("bthk,h->bthk", q, jnp.exp(p["log_temperature"]))
     elif kind.qk_norm == "rms":
-        q = rms_norm(q, p["q_norm"], config.norm_eps)
-        k = rms_norm(k, p["k_norm"], config.norm_eps)
-    if kind.attention == "window":
+        q, k = norm(config, q, p["q_norm"]), norm(config, k, p["k_norm"])
+    elif kind.qk_norm == "rms_joint":
+        q, k = _joint_norm(config, q, p["q_norm"]), _joint_norm(config, k, p["k_norm"])
+    elif kind.qk_norm == "rms_plain":
+        q, k = plain_rms_norm(q, config.norm_eps), plain_rms_norm(k, config.norm_eps)
+    if kind.bounded:
         k = round_to(k, config.kv_dtype)
     return q, k, round_to(v, config.kv_dtype)
 
 
-def _scale(kind: LayerKind) -> float:
-    """What scores are multiplied by beside a temperature."""
-    return 1.0 if kind.qk_norm == "unit" else kind.head_dim**-0.5
+def _joint_norm(config: ModelConfig, x: jax.Array, scale: jax.Array) -> jax.Array:
+    """RMSNorm over all heads of a position as one vector: [B, T, H, K] and [H, K] -> [B, T, H, K]."""
+    return norm(config, x.reshape(*x.shape[:2], -1), scale.reshape(-1)).reshape(x.shape)
+
+
+def _rotated(kind: LayerKind, x: jax.Array, positions: jax.Array) -> jax.Array:
+    """Queries or keys [B, T, H, K] rotated by positions int32 [B or 1, T], where the kind is."""
+    if not kind.rope_theta:
+        return x
+    return rotary(x, positions, kind.rope_theta, kind.rope_scaling)
+
+
+def _sharpened(kind: LayerKind, q: jax.Array, positions: jax.Array) -> jax.Array:
+    """Queries [B, T, H, K] multiplied by what `length_scale` says of positions int32 [B or 1, T]."""
+    if not kind.length_scale:
+        return q
+    steps = ((positions + 1) // kind.length_floor).astype(jnp.float32)
+    return q * (1 + kind.length_scale * jnp.log1p(steps))[:, :, None, None]
 
 
 def _convolve(taps: jax.Array, rows: jax.Array, segments: jax.Array | None) -> jax.Array:

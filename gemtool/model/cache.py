@@ -35,7 +35,7 @@ def init_cache(config: ModelConfig, batch_size: int, capacity: int) -> Cache:
     dtype = jnp.dtype(config.kv_dtype)
     layers = []
     for kind in config.layer_kinds:
-        size = kind.window if kind.attention == "window" else capacity
+        size = kind.window if kind.bounded else capacity
         shape = (batch_size, size, kind.kv_heads, kind.head_dim)
         tail = jnp.zeros((batch_size, kind.conv_tail, config.d_model), jnp.float32)
         layers.append(LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), tail))
@@ -45,14 +45,14 @@ def init_cache(config: ModelConfig, batch_size: int, capacity: int) -> Cache:
 def full_layers(config: ModelConfig) -> tuple[int, ...]:
     """Indices of the layers whose keys and values grow with the context."""
     kinds = enumerate(config.layer_kinds)
-    return tuple(index for index, kind in kinds if kind.attention == "full")
+    return tuple(index for index, kind in kinds if not kind.bounded)
 
 
 def state_arrays(config: ModelConfig, cache: Cache) -> dict[str, np.ndarray]:
     """All but the blocks: `length`, `layers/0/k`, `layers/0/v`, `layers/0/tail`."""
     arrays = {"length": np.asarray(cache.length)}
     for index, (kind, layer) in enumerate(zip(config.layer_kinds, cache.layers, strict=True)):
-        if kind.attention == "window":
+        if kind.bounded:
             arrays[f"layers/{index}/k"] = np.asarray(layer.k)
             arrays[f"layers/{index}/v"] = np.asarray(layer.v)
         arrays[f"layers/{index}/tail"] = np.asarray(layer.tail)

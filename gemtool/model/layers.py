@@ -1,4 +1,4 @@
-"""Small pieces that several parts share: norms, rotary positions, SwiGLU, rounding."""
+"""Small pieces that several parts share: norms, gated networks, rounding, soft caps."""
 
 from __future__ import annotations
 
@@ -7,11 +7,24 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from gemtool.kernels.glu import Glu
+from gemtool.model.config import ModelConfig
+from gemtool.model.params import Tree
+
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     """RMSNorm (arXiv 1910.07467) over the last axis: [..., D] and a scale [D] -> [..., D]."""
-    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps)
-    return jnp.einsum("...d,d->...d", x * inverse, scale)
+    return jnp.einsum("...d,d->...d", plain_rms_norm(x, eps), scale)
+
+
+def plain_rms_norm(x: jax.Array, eps: float) -> jax.Array:
+    """RMSNorm without a scale, [..., D] -> [..., D]."""
+    return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps)
+
+
+def norm(config: ModelConfig, x: jax.Array, scale: jax.Array) -> jax.Array:
+    """The decoder's RMSNorm, whose scale is the parameter or 1 + it: [..., D] and [D] -> [..., D]."""
+    return rms_norm(x, scale + 1 if config.norm_offset else scale, config.norm_eps)
 
 
 def unit_norm(x: jax.Array) -> jax.Array:
@@ -19,24 +32,26 @@ def unit_norm(x: jax.Array) -> jax.Array:
     return x * jax.lax.rsqrt(jnp.sum(jnp.square(x), axis=-1, keepdims=True) + 1e-6)
 
 
-def rotary(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
-    """Rotary position embedding (arXiv 2104.09864); the two halves of a head are the pairs.
-
-    `x` [B, T, H, K] and `positions` int32 [B or 1, T] -> [B, T, H, K]. Scores of rotated queries
-    and keys depend on the difference of positions only.
-    """
-    half = x.shape[-1] // 2
-    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = jnp.einsum("bt,f->btf", positions.astype(jnp.float32), frequency)[:, :, None, :]
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
-    x1, x2 = x[..., :half], x[..., half:]
-    return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1)
+def soft_cap(x: jax.Array, cap: float) -> jax.Array:
+    """cap * tanh(x / cap) (arXiv 2408.00118): about x where it is small, never beyond the cap."""
+    return cap * jnp.tanh(x / cap)
 
 
-def swiglu(x: jax.Array, gate: jax.Array, up: jax.Array, down: jax.Array) -> jax.Array:
-    """SwiGLU (arXiv 2002.05202): [..., D] with gate, up [D, F] and down [F, D] -> [..., D]."""
-    hidden = jax.nn.silu(jnp.einsum("...d,df->...f", x, gate)) * jnp.einsum("...d,df->...f", x, up)
-    return jnp.einsum("...f,fd->...d", hidden, down)
+def glu_of(config: ModelConfig) -> Glu:
+    """The activation of the gated networks of a model."""
+    return Glu(config.activation, config.glu_alpha, config.glu_limit)
+
+
+def gated_mlp(x: jax.Array, p: Tree, glu: Glu) -> jax.Array:
+    """A gated network: [..., D] with gate, up [D, F] and down [F, D], and biases of the outputs of
+    any of them ("gate_bias" [F], ...) -> [..., D]."""
+
+    def project(name: str, y: jax.Array) -> jax.Array:
+        y = jnp.einsum("...i,io->...o", y, p[name])
+        bias = p.get(f"{name}_bias")
+        return y if bias is None else y + bias.reshape((1,) * (y.ndim - 1) + bias.shape)
+
+    return project("down", glu(project("gate", x), project("up", x)))
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(1,))

@@ -54,28 +54,32 @@ def param_specs(config: ModelConfig) -> Tree:
     tree: Tree = {
         "embedding": ParamSpec((config.vocab_size, d), ("vocab", "embed"), scale=d**-0.5),
         "layers": {},
-        "norm": _norm(d),
+        "norm": _norm(config, d),
     }
     if not config.tie_embeddings:
         tree["unembedding"] = ParamSpec((config.vocab_size, d), ("vocab", "embed"), scale=d**-0.5)
     for index, kind in enumerate(config.layer_kinds):
-        layer: Tree = {
-            "attention_norm": _norm(d),
-            "attention": _attention(config, kind),
-            "mlp_norm": _norm(d),
-        }
+        layer: Tree = {"attention_norm": _norm(config, d), "attention": _attention(config, kind)}
+        if not config.parallel:
+            layer["mlp_norm"] = _norm(config, d)
+        if config.post_norms:
+            layer["attention_post_norm"] = layer["mlp_post_norm"] = _norm(config, d)
         if config.is_moe(index):
             layer["moe"] = _moe(config)
         else:
-            layer["mlp"] = _swiglu(config, config.d_ff, "mlp")
+            layer["mlp"] = _gated_mlp(config, config.d_ff, config.mlp_bias)
         tree["layers"][str(index)] = layer
     if config.encoders:
         tree["encoders"] = {e.kind: _encoder(config, e) for e in config.encoders}
     return tree
 
 
-def _norm(width: int, axis: str = "embed") -> ParamSpec:
-    return ParamSpec((width,), (axis,), "constant", 1.0)
+def _norm(config: ModelConfig, width: int, axis: str = "embed") -> ParamSpec:
+    return ParamSpec((width,), (axis,), "constant", 0.0 if config.norm_offset else 1.0)
+
+
+def _bias(shape: tuple[int, ...], *axes: str) -> ParamSpec:
+    return ParamSpec(shape, axes, "constant", 0.0)
 
 
 def _out_scale(config: ModelConfig, fan_in: int) -> float:
@@ -112,38 +116,49 @@ def _attention(config: ModelConfig, kind: LayerKind) -> Tree:
             (heads,), ("heads",), "constant", math.log(kind.temperature)
         )
     if kind.qk_norm == "rms":
-        tree["q_norm"] = _norm(head_dim, "head_dim")
-        tree["k_norm"] = _norm(head_dim, "head_dim")
+        tree["q_norm"] = tree["k_norm"] = _norm(config, head_dim, "head_dim")
+    if kind.qk_norm == "rms_joint":
+        one = _norm(config, 1).scale
+        tree["q_norm"] = ParamSpec((heads, head_dim), ("heads", "head_dim"), "constant", one)
+        tree["k_norm"] = ParamSpec((kv_heads, head_dim), ("kv_heads", "head_dim"), "constant", one)
     if kind.sink:
         tree["sink"] = ParamSpec((heads,), ("heads",), "constant", 0.0)
+    if kind.qkv_bias:
+        tree["q_bias"] = _bias((heads, head_dim), "heads", "head_dim")
+        tree["k_bias"] = tree["v_bias"] = _bias((kv_heads, head_dim), "kv_heads", "head_dim")
+    if kind.out_bias:
+        tree["o_bias"] = _bias((d,), "embed")
     return tree
 
 
-def _swiglu(config: ModelConfig, width: int, axis: str) -> Tree:
-    d = config.d_model
-    return {
-        "gate": ParamSpec((d, width), ("embed", axis), scale=d**-0.5),
-        "up": ParamSpec((d, width), ("embed", axis), scale=d**-0.5),
-        "down": ParamSpec((width, d), (axis, "embed"), scale=_out_scale(config, width)),
+def _gated_mlp(config: ModelConfig, width: int, biases: bool, experts: int = 0) -> Tree:
+    """A dense gated network, or the arrays of so many experts."""
+    d, hidden = config.d_model, "expert_mlp" if experts else "mlp"
+    count, axis = ((experts,), ("expert",)) if experts else ((), ())
+    tree: Tree = {
+        "gate": ParamSpec((*count, d, width), (*axis, "embed", hidden), scale=d**-0.5),
+        "up": ParamSpec((*count, d, width), (*axis, "embed", hidden), scale=d**-0.5),
+        "down": ParamSpec(
+            (*count, width, d), (*axis, hidden, "embed"), scale=_out_scale(config, width)
+        ),
     }
+    if biases:
+        tree["gate_bias"] = tree["up_bias"] = _bias((*count, width), *axis, hidden)
+        tree["down_bias"] = _bias((*count, d), *axis, "embed")
+    return tree
 
 
 def _moe(config: ModelConfig) -> Tree:
     assert config.moe is not None
     moe, d = config.moe, config.d_model
-    e, f = moe.experts, moe.d_expert
-    tree: Tree = {
-        "router": ParamSpec((d, e), ("embed", "expert"), scale=d**-0.5),
-        "gate": ParamSpec((e, d, f), ("expert", "embed", "expert_mlp"), scale=d**-0.5),
-        "up": ParamSpec((e, d, f), ("expert", "embed", "expert_mlp"), scale=d**-0.5),
-        "down": ParamSpec(
-            (e, f, d), ("expert", "expert_mlp", "embed"), scale=_out_scale(config, f)
-        ),
-    }
+    tree = _gated_mlp(config, moe.d_expert, moe.expert_bias, moe.experts)
+    tree["router"] = ParamSpec((d, moe.experts), ("embed", "expert"), scale=d**-0.5)
+    if moe.router_bias:
+        tree["router_bias"] = _bias((moe.experts,), "expert")
     if moe.balance == "bias":
-        tree["bias"] = ParamSpec((e,), ("expert",), "constant", 0.0)
+        tree["bias"] = _bias((moe.experts,), "expert")
     if moe.shared_experts:
-        tree["shared"] = _swiglu(config, moe.shared_experts * f, "mlp")
+        tree["shared"] = _gated_mlp(config, moe.shared_experts * moe.d_expert, config.mlp_bias)
     return tree
 
 
@@ -165,7 +180,7 @@ def _encoder(config: ModelConfig, encoder: EncoderConfig) -> Tree:
         tree["position"] = ParamSpec((encoder.tokens, d), (None, "embed"), scale=deviation)
     tree["blocks"] = {
         str(i): {
-            "norm": _norm(d),
+            "norm": ParamSpec((d,), ("embed",), "constant", 1.0),
             "in": ParamSpec((d, hidden), ("embed", "mlp"), scale=d**-0.5),
             "out": ParamSpec((hidden, d), ("mlp", "embed"), scale=deviation * hidden**-0.5),
         }
@@ -248,9 +263,9 @@ def count_params(config: ModelConfig) -> tuple[int, int]:
     Of the experts only the chosen `top_k` are active; the embedding and the encoders count whole.
     """
     total = active = 0
-    for path, spec in flatten(param_specs(config)).items():
+    for spec in flatten(param_specs(config)).values():
         total += spec.size
-        if config.moe is not None and spec.axes[0] == "expert" and not path.endswith("/bias"):
+        if config.moe is not None and spec.axes[0] == "expert" and len(spec.axes) > 1:
             active += spec.size * config.moe.top_k // config.moe.experts
         else:
             active += spec.size
@@ -275,5 +290,5 @@ def describe(config: ModelConfig) -> str:
 
 
 def is_balance_bias(path: str) -> bool:
-    """Whether a path names a router's balance bias: moved by load (see moe.py), never by gradient."""
+    """Whether a path names a router's balance bias: moved by load (see moe.py), not by gradient."""
     return path.endswith("/moe/bias")

@@ -2,6 +2,9 @@
 
     embed -> [ x + attention(norm(x)) -> x + mlp(norm(x)) ] for each layer -> norm -> logits
 
+A parallel layer is x + attention(norm(x)) + mlp(norm(x)), with one norm. `_layer` is all that a layer
+does but attend, which its caller passes: over whole sequences or with a cache.
+
 `forward` runs whole packed sequences (training, likelihoods). `step` runs T new positions
 after a cache; prefill (T = chunk) and decode (T = 1) are that same function, and any way to cut a
 sequence into steps gives what `forward` gives. The mathematics of attention is in attention.py.
@@ -11,17 +14,22 @@ Axes: B sequences, T positions, D model, V vocabulary, N media groups of P soft 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from gemtool.model import attention, encoders
+from gemtool.model.attention import LayerCache
 from gemtool.model.batch import Batch, MediaGroups
 from gemtool.model.cache import Cache, full_layers
-from gemtool.model.config import ModelConfig
-from gemtool.model.layers import rms_norm, swiglu
+from gemtool.model.config import LayerKind, ModelConfig
+from gemtool.model.layers import gated_mlp, glu_of, norm, soft_cap
+from gemtool.model.mesh import constrain
 from gemtool.model.moe import Stats, moe_mlp, router_loss
+from gemtool.model.parallel import embedding_rows
 from gemtool.model.params import Tree
 
 
@@ -32,7 +40,7 @@ def embed(
     media: dict[str, MediaGroups] | None = None,
 ) -> jax.Array:
     """Tokens int32 [B, T], and media in the place of their soft positions -> float32 [B, T, D]."""
-    x = jnp.take(params["embedding"], tokens, axis=0) * jnp.float32(config.embedding_scale)
+    x = embedding_rows(params["embedding"], tokens) * jnp.float32(config.embedding_scale)
     flat = x.reshape(-1, config.d_model)
     for kind, groups in (media or {}).items():
         soft = encode_media(params, config, kind, groups.values)
@@ -56,24 +64,16 @@ def forward(params: Tree, config: ModelConfig, batch: Batch) -> tuple[jax.Array,
     Also a dict of what the routers did: "load" {layer: float32 [E]}, "z_loss" and "balance_loss" (means
     over layers), and "loss" float32 [], what routers add to the training loss.
     """
-    x = embed(params, config, batch.tokens, batch.media)
+    x = constrain(embed(params, config, batch.tokens, batch.media), "batch", "length", None)
     present = batch.segments > 0
     stats: dict[str, Stats] = {}
     for index, kind in enumerate(config.layer_kinds):
-        p = params["layers"][str(index)]
-        with jax.named_scope(f"layer_{index}"):
-            x = x + attention.attend_packed(
-                p["attention"],
-                config,
-                kind,
-                rms_norm(x, p["attention_norm"], config.norm_eps),
-                batch.positions,
-                batch.segments,
-            )
-            x, routed = _feed_forward(p, config, x, present)
+        attend = partial(_packed, config, kind, batch.positions, batch.segments)
+        x, _, routed = _layer(params, config, index, x, present, attend)
+        x = constrain(x, "batch", "length", None)
         if routed:
             stats[str(index)] = routed
-    return rms_norm(x, params["norm"], config.norm_eps), _router_summary(config, stats)
+    return norm(config, x, params["norm"]), _router_summary(config, stats)
 
 
 def step(
@@ -85,25 +85,13 @@ def step(
     the last chunk of a sequence keeps the shape of the others: hidden rows from `valid` on mean
     nothing and leave no trace. Needs `cache.length + T` within the capacity.
     """
-    x = embeddings
-    present = _real_rows(x, valid)
+    x, present = embeddings, _real_rows(embeddings, valid)
     layers = []
-    for index, kind in enumerate(config.layer_kinds):
-        p = params["layers"][str(index)]
-        with jax.named_scope(f"layer_{index}"):
-            y, layer = attention.attend_cached(
-                p["attention"],
-                config,
-                kind,
-                rms_norm(x, p["attention_norm"], config.norm_eps),
-                cache.layers[index],
-                cache.length,
-                valid,
-            )
-            x, _ = _feed_forward(p, config, x + y, present)
+    for index in range(len(config.layers)):
+        attend = partial(_cached, config, index, cache, valid)
+        x, layer, _ = _layer(params, config, index, x, present, attend)
         layers.append(layer)
-    hidden = rms_norm(x, params["norm"], config.norm_eps)
-    return hidden, Cache(cache.length + valid, tuple(layers))
+    return norm(config, x, params["norm"]), Cache(cache.length + valid, tuple(layers))
 
 
 def step_kv(
@@ -115,26 +103,25 @@ def step_kv(
     The layers above keep their old windows, so the last `tail_reach` positions before the first
     hidden state of interest must run through `step`; then it is exact.
     """
-    x = embeddings
-    present = _real_rows(x, valid)
+    x, present = embeddings, _real_rows(embeddings, valid)
     layers = list(cache.layers)
     last = full_layers(config)[-1] if full_layers(config) else -1
-    for index, kind in enumerate(config.layer_kinds[: last + 1]):
-        p = params["layers"][str(index)]
-        with jax.named_scope(f"layer_{index}"):
-            h = rms_norm(x, p["attention_norm"], config.norm_eps)
-            known = (p["attention"], config, kind, h, layers[index], cache.length, valid)
-            if index == last:
-                layers[index] = attention.write_keys(*known)
-            else:
-                y, layers[index] = attention.attend_cached(*known)
-                x, _ = _feed_forward(p, config, x + y, present)
+    for index in range(last):
+        attend = partial(_cached, config, index, cache, valid)
+        x, layers[index], _ = _layer(params, config, index, x, present, attend)
+    if last >= 0:
+        p, kind = params["layers"][str(last)], config.layer_kinds[last]
+        with jax.named_scope(f"layer_{last}"):
+            h = norm(config, x, p["attention_norm"])
+            layers[last] = attention.write_keys(
+                p["attention"], config, kind, h, layers[last], cache.length, valid
+            )
     return Cache(cache.length + valid, tuple(layers))
 
 
 def tail_reach(config: ModelConfig) -> int:
     """How many positions before the first hidden state of interest must run through `step`
-    rather than `step_kv`: what the window layers above the last full layer look back to."""
+    rather than `step_kv`: what the bounded layers above the last full layer look back to."""
     last = full_layers(config)[-1] if full_layers(config) else -1
     above = config.layer_kinds[last + 1 :]
     return sum(kind.window - 1 + kind.conv_tail for kind in above)
@@ -143,21 +130,63 @@ def tail_reach(config: ModelConfig) -> int:
 def logits(params: Tree, config: ModelConfig, hidden: jax.Array) -> jax.Array:
     """Scores of every next token: hidden [..., D] from forward or step -> float32 [..., V]."""
     table = params["embedding" if config.tie_embeddings else "unembedding"]
-    return jnp.einsum("...d,vd->...v", hidden, table)
+    scores = jnp.einsum("...d,vd->...v", hidden, table)
+    return soft_cap(scores, config.logit_soft_cap) if config.logit_soft_cap else scores
+
+
+Attend = Callable[[Tree, jax.Array], tuple[jax.Array, LayerCache | None]]
+"""Attention of one layer: its parameters and normed rows [B, T, D] -> [B, T, D] and a new cache."""
+
+
+def _packed(
+    config: ModelConfig,
+    kind: LayerKind,
+    positions: jax.Array,
+    segments: jax.Array,
+    p: Tree,
+    h: jax.Array,
+) -> tuple[jax.Array, None]:
+    return attention.attend_packed(p, config, kind, h, positions, segments), None
+
+
+def _cached(
+    config: ModelConfig, index: int, cache: Cache, valid: jax.Array, p: Tree, h: jax.Array
+) -> tuple[jax.Array, LayerCache]:
+    kind, layer = config.layer_kinds[index], cache.layers[index]
+    return attention.attend_cached(p, config, kind, h, layer, cache.length, valid)
+
+
+def _layer(
+    params: Tree, config: ModelConfig, index: int, x: jax.Array, present: jax.Array, attend: Attend
+) -> tuple[jax.Array, Any, Stats]:
+    """One layer over rows x [B, T, D], those real where `present` bool [B, T] says so.
+
+    Returns the new rows, what `attend` returned as the new cache, and statistics of the router.
+    """
+    p = params["layers"][str(index)]
+    with jax.named_scope(f"layer_{index}"):
+        h = norm(config, x, p["attention_norm"])
+        y, cache = attend(p["attention"], h)
+        if config.post_norms:
+            y = norm(config, y, p["attention_post_norm"])
+        x = x + y
+        if not config.parallel:
+            h = norm(config, x, p["mlp_norm"])
+        y, stats = _feed_forward(p, config, h, present)
+        if config.post_norms:
+            y = norm(config, y, p["mlp_post_norm"])
+    return x + y, cache, stats
 
 
 def _feed_forward(
-    p: Tree, config: ModelConfig, x: jax.Array, present: jax.Array
+    p: Tree, config: ModelConfig, h: jax.Array, present: jax.Array
 ) -> tuple[jax.Array, Stats]:
-    """x + mlp(norm(x)), dense or by experts: [B, T, D], `present` bool [B, T] -> [B, T, D]."""
-    h = rms_norm(x, p["mlp_norm"], config.norm_eps)
+    """Of normed rows, dense or by experts: [B, T, D], `present` bool [B, T] -> [B, T, D]."""
     if "mlp" in p:
         with jax.named_scope("mlp"):
-            return x + swiglu(h, **p["mlp"]), {}
-    assert config.moe is not None
+            return gated_mlp(h, p["mlp"], glu_of(config)), {}
     with jax.named_scope("moe"):
-        y, stats = moe_mlp(p["moe"], config.moe, h.reshape(-1, config.d_model), present.reshape(-1))
-    return x + y.reshape(x.shape), stats
+        return moe_mlp(p["moe"], config, h, present)
 
 
 def _real_rows(x: jax.Array, valid: jax.Array) -> jax.Array:

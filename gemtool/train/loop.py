@@ -12,7 +12,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from gemtool import log, signals
 from gemtool.checkpoint import VOCAB, open_checkpoint, write_checkpoint
@@ -22,6 +24,7 @@ from gemtool.data.shards import ShardFolder
 from gemtool.data.vocab import Vocab
 from gemtool.errors import GemtoolError, UsageError, did_you_mean
 from gemtool.model.config import PRESETS, ModelConfig, load_preset
+from gemtool.model.mesh import make_mesh, parse_mesh, require_fit
 from gemtool.model.params import Tree, count_params
 from gemtool.runtime import memory_size, setup_jax
 from gemtool.stream.files import printable
@@ -29,6 +32,7 @@ from gemtool.stream.header import provenance
 from gemtool.train.extend import extend_params
 from gemtool.train.loader import Loader, evaluation_batches, open_data, require_match
 from gemtool.train.optimizer import Schedule, default_peak, default_warmup, make_optimizer
+from gemtool.train.placement import place_batches, state_shardings
 from gemtool.train.state import RunFolder, open_run
 from gemtool.train.step import (
     TrainState,
@@ -54,6 +58,7 @@ class TrainOptions:
     steps: int = 1000
     batch: int = 4
     accumulate: int = 1
+    mesh: str | None = None
     lr: float | None = None
     warmup: int | None = None
     eval: str | None = None
@@ -120,6 +125,10 @@ class _Run:
         self.settings = self._settings()
         self.schedule = Schedule(options.steps, self.settings["lr"], self.settings["warmup"])
         self.optimizer = make_optimizer(self.config)
+        self.mesh = self._make_mesh()
+        self.shardings = None
+        if self.mesh is not None:
+            self.shardings = state_shardings(self.config, self.optimizer, self.mesh)
         self.eval_step = make_eval_step(self.config)
         self._require_memory()
 
@@ -231,13 +240,29 @@ class _Run:
             )
         return settings
 
+    def _make_mesh(self) -> Mesh | None:
+        if self.options.mesh is None:
+            return None
+        mesh = make_mesh(parse_mesh(self.options.mesh))
+        sequences = self.options.batch // self.options.accumulate
+        require_fit(self.config, mesh, sequences, self.loader.length)
+        return mesh
+
     def _require_memory(self) -> None:
-        """Refuses a batch that cannot fit, before it is built.
+        """Refuses a model or a batch that cannot fit, before it is built.
 
         Raises:
-            UsageError: its arrays, and of a part of it what each layer hands on, exceed all memory.
+            UsageError: the parameters with their gradients and moments, or the arrays of a batch and
+                of a part of it what each layer hands on, exceed all memory.
         """
         options, length, there = self.options, self.loader.length, memory_size()
+        count, _ = count_params(self.config)
+        if there is not None and 16 * count > there and self.mesh is None:
+            raise UsageError(
+                f"{self.config.name}: to train its {count:,} parameters takes more than "
+                f"{16 * count / 1e9:,.0f} GB, the device has {there / 1e9:,.1f} GB; "
+                "take a smaller model"
+            )
         layers = len(self.config.layer_kinds)
         part = options.batch // options.accumulate
         needed = 4 * length * (5 * options.batch + part * self.config.d_model * layers)
@@ -255,9 +280,13 @@ class _Run:
             if self.vocab.size > self.initial.vocab.size:
                 params = extend_params(params, self.initial.config, self.initial.vocab, self.vocab)
         if self.record is None:
-            return init_state(self.config, self.optimizer, self.options.seed, params)
+            state = init_state(self.config, self.optimizer, self.options.seed, params)
+            return state if self.shardings is None else jax.device_put(state, self.shardings)
         self.loader.set_state(self.record["loader"])
-        return self.folder.restore(self.start, abstract_state(self.config, self.optimizer))
+        like = abstract_state(self.config, self.optimizer)
+        if self.shardings is not None:
+            like = jax.tree.map(lambda x, where: x.update(sharding=where), like, self.shardings)
+        return self.folder.restore(self.start, like)
 
     # The run
 
@@ -281,8 +310,9 @@ class _Run:
             + "; the first step takes longer, as it is compiled"
         )
         state = self._restore_or_begin()
-        train_step = make_train_step(self.config, self.optimizer)
+        train_step = make_train_step(self.config, self.optimizer, self.shardings)
         with (
+            contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh),
             # A step consumes the state that it changes, so it is never interrupted half-way.
             signals.deferred("saving after this step") as stop,
             log.progress("train", options.steps, unit="steps", start=self.start) as bar,
@@ -292,7 +322,10 @@ class _Run:
                 batches = [next(self.loader) for _ in range(options.accumulate)]
                 tokens = sum(int(np.count_nonzero(batch.segments)) for batch in batches)
                 rate = self.schedule.rate(step)
-                state, metrics = train_step(state, stack(batches), rate)
+                stacked = stack(batches)
+                if self.mesh is not None:
+                    stacked = place_batches(stacked, self.mesh)
+                state, metrics = train_step(state, stacked, rate)
                 values = {name: _shortest(value) for name, value in metrics.items()}
                 seconds = time.perf_counter() - began
                 self.tokens += tokens

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from gemtool.model.config import ModelConfig
+from gemtool.model.parallel import sum_over_positions
 from gemtool.model.params import Tree
 from gemtool.model.transformer import logits
 
@@ -39,61 +40,68 @@ def next_token_loss(
         chunk: static; positions scored at a time.
     """
     name = "embedding" if config.tie_embeddings else "unembedding"
-    flat = hidden.reshape(-1, hidden.shape[-1])
+
+    def local(
+        table: jax.Array,
+        hidden: jax.Array,
+        targets: jax.Array,
+        weights: jax.Array,
+        axis: str | None,
+    ) -> jax.Array:
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        fixed = (config, name, chunk, axis)
+        return _loss(fixed, table, flat, targets.reshape(-1), weights.reshape(-1))
+
     with jax.named_scope("next_token_loss"):
-        return _loss(
-            config, chunk, {name: params[name]}, flat, targets.reshape(-1), weights.reshape(-1)
-        )
+        return sum_over_positions(local, params[name], hidden, targets, weights)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+Fixed = tuple[ModelConfig, str, int, str | None]
+"""The model, its parameter that scores tokens, positions scored at a time, and the mesh axis over
+which the rows of that parameter are spread."""
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _loss(
-    config: ModelConfig,
-    chunk: int,
-    head: Tree,
-    hidden: jax.Array,
-    targets: jax.Array,
-    weights: jax.Array,
+    fixed: Fixed, table: jax.Array, hidden: jax.Array, targets: jax.Array, weights: jax.Array
 ) -> jax.Array:
+    """This device's share of the loss: those of the devices of `axis` are all alike."""
+    chunk = fixed[2]
     rows, count = _weighted_first(weights, chunk)
 
     def body(i: jax.Array, total: jax.Array) -> jax.Array:
         here = jax.lax.dynamic_slice_in_dim(rows, i * chunk, chunk)
-        return total + _chunk_loss(config, head, *_take(here, hidden, targets, weights))
+        scores = _scores(fixed, table, hidden.at[here].get(mode="fill", fill_value=0))
+        return total + _chunk_loss(fixed, scores, *_take(here, targets, weights))[0]
 
     return jax.lax.fori_loop(0, count, body, jnp.zeros((), jnp.float32))
 
 
 def _loss_and_gradients(
-    config: ModelConfig,
-    chunk: int,
-    head: Tree,
-    hidden: jax.Array,
-    targets: jax.Array,
-    weights: jax.Array,
-) -> tuple[jax.Array, tuple[Tree, jax.Array]]:
+    fixed: Fixed, table: jax.Array, hidden: jax.Array, targets: jax.Array, weights: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    chunk = fixed[2]
     rows, count = _weighted_first(weights, chunk)
-    value_and_grad = jax.value_and_grad(_chunk_loss, argnums=(1, 2))
 
-    def body(i: jax.Array, carry: tuple[jax.Array, Tree, jax.Array]) -> tuple:
-        total, d_head, d_hidden = carry
+    def body(i: jax.Array, carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple:
+        total, d_table, d_hidden = carry
         here = jax.lax.dynamic_slice_in_dim(rows, i * chunk, chunk)
-        loss, (d_table, d_rows) = value_and_grad(
-            config, head, *_take(here, hidden, targets, weights)
-        )
-        d_head = jax.tree.map(jnp.add, d_head, d_table)
-        return total + loss, d_head, d_hidden.at[here].set(d_rows, mode="drop")
+        x = hidden.at[here].get(mode="fill", fill_value=0)
+        scores, back = jax.vjp(partial(_scores, fixed), table, x)
+        loss, d_scores = _chunk_loss(fixed, scores, *_take(here, targets, weights))
+        d_table_here, d_rows = back(d_scores)
+        return total + loss, d_table + d_table_here, d_hidden.at[here].set(d_rows, mode="drop")
 
-    start = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, head), jnp.zeros_like(hidden))
-    total, d_head, d_hidden = jax.lax.fori_loop(0, count, body, start)
-    return total, (d_head, d_hidden)
+    start = (jnp.zeros((), jnp.float32), jnp.zeros_like(table), jnp.zeros_like(hidden))
+    total, d_table, d_hidden = jax.lax.fori_loop(0, count, body, start)
+    return total, (d_table, d_hidden)
 
 
 def _scale_gradients(
-    config: ModelConfig, chunk: int, gradients: tuple[Tree, jax.Array], d_loss: jax.Array
-) -> tuple[Tree, jax.Array, None, None]:
-    d_head, d_hidden = jax.tree.map(lambda g: g * d_loss, gradients)
-    return d_head, d_hidden, None, None
+    fixed: Fixed, gradients: tuple[jax.Array, jax.Array], d_loss: jax.Array
+) -> tuple[jax.Array, jax.Array, None, None]:
+    d_table, d_hidden = (g * d_loss for g in gradients)
+    return d_table, d_hidden, None, None
 
 
 _loss.defvjp(_loss_and_gradients, _scale_gradients)
@@ -110,16 +118,35 @@ def _weighted_first(weights: jax.Array, chunk: int) -> tuple[jax.Array, jax.Arra
     return order, (weighted + chunk - 1) // chunk
 
 
-def _take(
-    rows: jax.Array, hidden: jax.Array, targets: jax.Array, weights: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Rows [C] of hidden [N, D], targets [N] and weights [N]; zeros past the end."""
-    return tuple(x.at[rows].get(mode="fill", fill_value=0) for x in (hidden, targets, weights))  # type: ignore[return-value]
+def _take(rows: jax.Array, targets: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Rows [C] of targets [N] and weights [N]; zeros past the end."""
+    return tuple(x.at[rows].get(mode="fill", fill_value=0) for x in (targets, weights))  # type: ignore[return-value]
+
+
+def _scores(fixed: Fixed, table: jax.Array, x: jax.Array) -> jax.Array:
+    """float32 [C, V]: scores of the rows of `table` that are here, for positions x [C, D]."""
+    config, name, _, _ = fixed
+    return logits({name: table}, config, x)
 
 
 def _chunk_loss(
-    config: ModelConfig, head: Tree, hidden: jax.Array, targets: jax.Array, weights: jax.Array
-) -> jax.Array:
-    scores = logits(head, config, hidden)
-    chosen = jnp.take_along_axis(scores, targets[:, None], axis=-1)[:, 0]
-    return jnp.dot(weights, jax.nn.logsumexp(scores, axis=-1) - chosen)
+    fixed: Fixed, scores: jax.Array, targets: jax.Array, weights: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The loss of some positions, shared evenly among the devices of `axis`, and its derivative by
+    each score. `scores` are of this device's part of the vocabulary."""
+    axis = fixed[3]
+    top = jnp.max(scores, axis=-1)
+    if axis is not None:
+        top = jax.lax.pmax(top, axis)
+        targets = targets - jax.lax.axis_index(axis) * scores.shape[-1]
+    masses = jnp.exp(scores - top[:, None])
+    is_target = jnp.arange(scores.shape[-1], dtype=jnp.int32)[None, :] == targets[:, None]
+    total = jnp.sum(masses, axis=-1)
+    chosen = jnp.sum(jnp.where(is_target, scores, 0), axis=-1)
+    share = 1.0
+    if axis is not None:
+        total, chosen = jax.lax.psum((total, chosen), axis)
+        share = 1.0 / jax.lax.axis_size(axis)
+    loss = jnp.dot(weights, top + jnp.log(total) - chosen) * share
+    d_scores = weights[:, None] * (masses / total[:, None] - is_target.astype(jnp.float32))
+    return loss, d_scores

@@ -71,7 +71,9 @@ def decayed(config: ModelConfig) -> Tree:
     convolution taps, for which zero means something else, do not.
     """
 
-    def decays(spec: ParamSpec) -> bool:
-        return len(spec.shape) >= 2 and "taps" not in spec.axes
+    def decays(path: str, spec: ParamSpec) -> bool:
+        matrix = len(spec.shape) >= 2 and not path.endswith(("norm", "bias"))
+        return matrix and "taps" not in spec.axes
 
-    return unflatten({path: decays(spec) for path, spec in flatten(param_specs(config)).items()})
+    specs = flatten(param_specs(config))
+    return unflatten({path: decays(path, spec) for path, spec in specs.items()})

@@ -76,11 +76,13 @@ def stack(batches: Sequence[Batch]) -> Batch:
 
 
 def make_train_step(
-    config: ModelConfig, optimizer: optax.GradientTransformation
+    config: ModelConfig,
+    optimizer: optax.GradientTransformation,
+    shardings: TrainState | None = None,
 ) -> Callable[[TrainState, Batch, float], tuple[TrainState, Metrics]]:
     """The jitted step. It takes a state, which it consumes, stacked micro-batches [M, B, T], and
     the learning rate. Gradients of micro-batches are accumulated, so that M changes memory and
-    rounding, not the result.
+    rounding, not the result. `shardings` are those of the state on the current mesh, if there is one.
 
     Metrics: "loss" (mean over weights), "grad_norm" (before clipping), "expert_load" (largest ratio
     of the most chosen expert's load to the mean; absent without experts).
@@ -93,7 +95,9 @@ def make_train_step(
         loss = next_token_loss(params, config, hidden, batch.targets, batch.weights) / weight
         return loss + router["loss"] / count, (loss, router["load"])
 
-    @partial(jax.jit, donate_argnums=0)
+    @partial(
+        jax.jit, donate_argnums=0, out_shardings=None if shardings is None else (shardings, None)
+    )
     def train_step(state: TrainState, batches: Batch, rate: float) -> tuple[TrainState, Metrics]:
         count = batches.tokens.shape[0]
         # One divisor for all micro-batches: a position weighs the same wherever it lies.

@@ -1,4 +1,4 @@
-"""Softmax attention with grouped heads, windows, packed segments, and a learned sink.
+"""Softmax attention with grouped heads, windows, chunks, packed segments, and a learned sink.
 
 The fast implementation is FlashAttention (arXiv 2205.14135): blocks of queries against blocks of
 keys with an online softmax, so that no [T, S] matrix ever exists and blocks that cannot be seen are
@@ -7,7 +7,11 @@ never visited.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import jax
+import jax.numpy as jnp
 
 from gemtool.kernels.attention.reference import attention_reference
 from gemtool.kernels.attention.xla import attention_xla
@@ -16,7 +20,12 @@ from gemtool.kernels.dispatch import dispatch
 IMPLEMENTATIONS = {"xla": attention_xla, "reference": attention_reference}
 
 
-def flash_attention(
+def flash_attention(q: jax.Array, k: jax.Array, v: jax.Array, **options: Any) -> jax.Array:
+    """Attend from each query to the keys it can see: the output of `partial_attention`."""
+    return partial_attention(q, k, v, **options)[0]
+
+
+def partial_attention(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
@@ -31,12 +40,13 @@ def flash_attention(
     sink: jax.Array | None = None,
     soft_cap: float | None = None,
     impl: str | None = None,
-) -> jax.Array:
-    """Attend from each query to the keys it can see.
+) -> tuple[jax.Array, jax.Array]:
+    """Attend from each query to the keys it can see, so that more keys can be attended to later.
 
     A query at absolute position `p = q_start + t` sees key `s` if all of these hold: `s <= p`
     (when causal); `s > p - window` (when there is a window); `s < kv_length`; the segments of
-    both are equal and not 0 (when given). A query that sees nothing returns zeros.
+    both are equal and not 0 (when given). A query that sees nothing returns zeros. For chunked
+    attention see `chunk_segments`.
 
     Work is proportional to the visible blocks: a buffer of keys may be far larger than
     `kv_length`, and a window makes the cost linear in T. Scores, softmax and sums are float32
@@ -60,7 +70,9 @@ def flash_attention(
         impl: name of the implementation; by default the best of this platform.
 
     Returns:
-        [B, T, H, D] in q's dtype. Differentiable (reverse mode) in q, k, v and sink.
+        The output [B, T, H, D] in q's dtype, and the log of the sum of exponentials that it was
+        divided by [B, T, H] (`merge_attention` needs it; -1e30 where nothing is seen). Both are
+        differentiable (reverse mode) in q, k, v and sink.
 
     Raises:
         ValueError: shapes or options do not fit together.
@@ -97,6 +109,50 @@ def flash_attention(
         sink=sink,
         soft_cap=soft_cap,
     )
+
+
+def merge_attention(
+    parts: Sequence[tuple[jax.Array, jax.Array]], sink: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Attention to several sets of keys, from the attention to each.
+
+    Args:
+        parts: of `partial_attention`, with the same queries and without a sink.
+        sink: floating [H], of all.
+
+    Returns:
+        What `partial_attention` gives for all keys together.
+    """
+    logs = jnp.stack([lse for _, lse in parts])
+    everything = logs if sink is None else jnp.concatenate([logs, _like(sink, logs[:1])])
+    total = jax.nn.logsumexp(everything, axis=0)
+    shares = jnp.exp(logs - total[None])
+    out = sum(out * share[..., None] for (out, _), share in zip(parts, shares, strict=True))
+    return out.astype(parts[0][0].dtype), total
+
+
+def _like(sink: jax.Array, logs: jax.Array) -> jax.Array:
+    return jnp.broadcast_to(sink.astype(logs.dtype)[None, None, None], logs.shape)
+
+
+def chunk_segments(positions: jax.Array, segments: jax.Array, chunk: int) -> jax.Array:
+    """The segments with which `flash_attention` is chunked attention: a query sees the keys of its
+    own chunk of `chunk` positions, counted from the beginning of its document.
+
+    Blocks of other chunks are skipped as those of other documents are.
+
+    Args:
+        positions: int32 [B, T], ascending within a document.
+        segments: int32 [B, T], the document of each position, ascending; 0 is padding.
+        chunk: at least 1.
+
+    Returns:
+        int32 [B, T]: the number of the chunk in its row, from 1; 0 where `segments` is.
+    """
+    index = positions // chunk
+    begins = (segments[:, 1:] != segments[:, :-1]) | (index[:, 1:] != index[:, :-1])
+    count = jnp.cumsum(jnp.pad(begins, ((0, 0), (1, 0))), axis=1, dtype=jnp.int32)
+    return jnp.where(segments == 0, 0, count + 1)
 
 
 def _shapes(*arrays: jax.Array) -> str:

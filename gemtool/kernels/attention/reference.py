@@ -7,6 +7,9 @@ import jax.numpy as jnp
 
 from gemtool.kernels.dispatch import accumulator
 
+NOTHING = -1e30
+"""Log of the sum of exponentials of a query that sees no key: finite, so that it can be subtracted."""
+
 
 def attention_reference(
     q: jax.Array,
@@ -22,8 +25,8 @@ def attention_reference(
     kv_segments: jax.Array | None,
     sink: jax.Array | None,
     soft_cap: float | None,
-) -> jax.Array:
-    """See `gemtool.kernels.attention.flash_attention`."""
+) -> tuple[jax.Array, jax.Array]:
+    """See `gemtool.kernels.attention.partial_attention`."""
     batch, length, heads = q.shape[:3]
     dtype = accumulator(q.dtype)
     repeats = heads // k.shape[2]
@@ -58,5 +61,7 @@ def attention_reference(
     total = masses.sum(axis=-1, keepdims=True)
     if sink is not None:
         total = total + jnp.exp(logit - top)
-    probabilities = masses / jnp.where(total == 0, 1, total)
-    return jnp.einsum("bhts,bshd->bthd", probabilities, values).astype(q.dtype)
+    total = jnp.where(total == 0, 1, total)
+    out = jnp.einsum("bhts,bshd->bthd", masses / total, values).astype(q.dtype)
+    lse = jnp.maximum(top + jnp.log(total), NOTHING)
+    return out, lse[..., 0].transpose(0, 2, 1)

@@ -21,11 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from gemtool.kernels.attention.reference import NOTHING
 from gemtool.kernels.dispatch import accumulator
-
-# A finite stand-in for minus infinity as the first running maximum: hidden scores are -inf, and
-# exp(-inf - EMPTY) is 0 where exp(-inf - -inf) would be NaN.
-EMPTY = -1e30
 
 KEY_BLOCK = 128
 DECODE_KEY_BLOCK = 512
@@ -55,8 +52,8 @@ def attention_xla(
     kv_segments: jax.Array | None,
     sink: jax.Array | None,
     soft_cap: float | None,
-) -> jax.Array:
-    """See `gemtool.kernels.attention.flash_attention`."""
+) -> tuple[jax.Array, jax.Array]:
+    """See `gemtool.kernels.attention.partial_attention`."""
     options = _Options(scale, causal, window, soft_cap)
     start = jnp.asarray(q_start, jnp.int32)
     stop = jnp.minimum(jnp.asarray(kv_length, jnp.int32), k.shape[1])
@@ -75,19 +72,21 @@ def _flash(
     q_segments: jax.Array | None,
     kv_segments: jax.Array | None,
     sink: jax.Array | None,
-) -> jax.Array:
-    return _forward(options, q, k, v, q_start, kv_length, q_segments, kv_segments, sink)[0]
+) -> tuple[jax.Array, jax.Array]:
+    return _forward(options, q, k, v, q_start, kv_length, q_segments, kv_segments, sink)
 
 
-def _flash_fwd(options: _Options, *arrays: Any) -> tuple[jax.Array, Any]:
+def _flash_fwd(options: _Options, *arrays: Any) -> tuple[tuple[jax.Array, jax.Array], Any]:
     out, logsumexp = _forward(options, *arrays)
-    return out, (arrays, out, logsumexp)
+    return (out, logsumexp), (arrays, out, logsumexp)
 
 
-def _flash_bwd(options: _Options, saved: Any, d_out: jax.Array) -> tuple[jax.Array | None, ...]:
+def _flash_bwd(
+    options: _Options, saved: Any, d_results: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array | None, ...]:
     (q, k, v, q_start, kv_length, q_segments, kv_segments, sink), out, logsumexp = saved
     plan = _Plan.of(options, q, k, q_start, kv_length, q_segments, kv_segments)
-    d_q, d_k, d_v, d_sink = _backward(plan, q, k, v, sink, out, logsumexp, d_out)
+    d_q, d_k, d_v, d_sink = _backward(plan, q, k, v, sink, out, logsumexp, *d_results)
     return d_q, d_k, d_v, None, None, None, None, d_sink
 
 
@@ -165,17 +164,17 @@ class _Plan:
         )
 
     def rows(self, x: jax.Array) -> jax.Array:
-        """[B, T, H, D] -> [B * query blocks, KV, R, D]: one item a step of the scan."""
+        """[B, T, H, X] -> [B * query blocks, KV, R, X]: one item a step of the scan."""
         pad = self.query_blocks * self.queries - self.length
         x = jnp.pad(x.astype(self.dtype), ((0, 0), (0, pad), (0, 0), (0, 0)))
-        x = x.reshape(-1, self.queries, self.kv_heads, self.groups, self.dim)
-        return x.transpose(0, 2, 3, 1, 4).reshape(-1, *self.row_shape, self.dim)
+        x = x.reshape(-1, self.queries, self.kv_heads, self.groups, x.shape[-1])
+        return x.transpose(0, 2, 3, 1, 4).reshape(-1, *self.row_shape, x.shape[-1])
 
     def unrows(self, x: jax.Array) -> jax.Array:
         """The inverse of `rows`."""
-        x = x.reshape(-1, self.kv_heads, self.groups, self.queries, self.dim)
+        x = x.reshape(-1, self.kv_heads, self.groups, self.queries, x.shape[-1])
         x = x.transpose(0, 3, 1, 2, 4)
-        x = x.reshape(self.batch, -1, self.kv_heads * self.groups, self.dim)
+        x = x.reshape(self.batch, -1, self.kv_heads * self.groups, x.shape[-1])
         return x[:, : self.length]
 
     @property
@@ -289,7 +288,7 @@ def _forward(
     kv_segments: jax.Array | None,
     sink: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
-    """The output [B, T, H, D], and log of the sum of exponentials [B * query blocks, KV, R]."""
+    """The output [B, T, H, D], and the log of its sum of exponentials [B, T, H]."""
     plan = _Plan.of(options, q, k, q_start, kv_length, q_segments, kv_segments)
     k, v = plan.arrange(k), plan.arrange(v)
 
@@ -308,8 +307,9 @@ def _forward(
             acc = acc + jnp.einsum("hrs,hsd->hrd", masses, plan.block(v, row, j))
             return new_top, total, acc
 
+        # Hidden scores are -inf, and exp(-inf - NOTHING) is 0 where exp(-inf - -inf) would be NaN.
         carry = (
-            jnp.full(plan.row_shape, EMPTY, plan.dtype),
+            jnp.full(plan.row_shape, NOTHING, plan.dtype),
             jnp.zeros(plan.row_shape, plan.dtype),
             jnp.zeros((*plan.row_shape, plan.dim), plan.dtype),
         )
@@ -325,7 +325,7 @@ def _forward(
 
     steps = jnp.arange(plan.batch * plan.query_blocks, dtype=jnp.int32)
     out, logsumexp = lax.map(query_block, (steps, plan.rows(q) * options.scale))
-    return plan.unrows(out).astype(q.dtype), logsumexp
+    return plan.unrows(out).astype(q.dtype), plan.unrows(logsumexp[..., None])[..., 0]
 
 
 def _backward(
@@ -337,11 +337,14 @@ def _backward(
     out: jax.Array,
     logsumexp: jax.Array,
     d_out: jax.Array,
+    d_logsumexp: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
     scale = plan.options.scale
     q_rows, d_out_rows = plan.rows(q) * scale, plan.rows(d_out)
-    # Through the softmax: d_scores = p * (d_p - delta), delta = sum of p * d_p = out . d_out.
-    delta = (plan.rows(out) * d_out_rows).sum(axis=-1)
+    # Through the softmax: d_scores = p * (d_p - delta), delta = sum of p * d_p = out . d_out, less
+    # what comes through the log of the denominator, whose slope is p.
+    delta = (plan.rows(out) * d_out_rows).sum(axis=-1) - plan.rows(d_logsumexp[..., None])[..., 0]
+    logsumexp = plan.rows(logsumexp[..., None])[..., 0]
     keys, values = plan.arrange(k), plan.arrange(v)
 
     def query_block(d_kv: Any, item: Any) -> tuple[Any, jax.Array]:

@@ -6,22 +6,27 @@ import jax
 import jax.numpy as jnp
 
 from gemtool.kernels.dispatch import accumulator
+from gemtool.kernels.glu import Glu
 
 
 def experts_reference(
     x: jax.Array,
     expert_ids: jax.Array,
     weights: jax.Array,
-    w_gate: jax.Array,
-    w_up: jax.Array,
-    w_down: jax.Array,
+    w: dict[str, jax.Array],
+    glu: Glu,
 ) -> jax.Array:
-    """See `gemtool.kernels.experts.expert_mlp`."""
+    """See `gemtool.kernels.experts.expert_mlp`; `w` has its matrices and biases by name."""
     dtype = accumulator(x.dtype)
-    x_, gate_, up_, down_ = (a.astype(dtype) for a in (x, w_gate, w_up, w_down))
-    gate = jnp.einsum("td,edf->etf", x_, gate_)
-    up = jnp.einsum("td,edf->etf", x_, up_)
-    y = jnp.einsum("etf,efd->etd", jax.nn.silu(gate) * up, down_)
-    chosen = expert_ids[:, :, None] == jnp.arange(len(w_gate), dtype=jnp.int32)[None, None]
+    wide = {name: array.astype(dtype) for name, array in w.items()}
+
+    def project(name: str, rows: str, y: jax.Array) -> jax.Array:
+        y = jnp.einsum(f"{rows},eio->eto", y, wide[name])
+        bias = wide.get(f"{name}_bias")
+        return y if bias is None else y + bias[:, None, :]
+
+    x_ = x.astype(dtype)
+    y = project("down", "eti", glu(project("gate", "ti", x_), project("up", "ti", x_)))
+    chosen = expert_ids[:, :, None] == jnp.arange(len(w["gate"]), dtype=jnp.int32)[None, None]
     share = jnp.where(chosen, weights.astype(dtype)[:, :, None], 0).sum(axis=1)  # [T, E]
     return jnp.einsum("te,etd->td", share, y).astype(x.dtype)

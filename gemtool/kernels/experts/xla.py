@@ -10,6 +10,7 @@ gradients block by block, writing them to the [E, ...] arrays once.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from gemtool.kernels.dispatch import accumulator
+from gemtool.kernels.glu import Glu
 
 # Up to this many pairs (decoding), each is a chain of matrix-vector products by itself.
 FEW_PAIRS = 16
@@ -25,36 +27,30 @@ FEW_PAIRS = 16
 # is on average half empty.
 BLOCK_ROWS = ((1024, 256), (512, 128), (64, 64), (32, 32), (16, 16), (0, 8))
 
+Weights = dict[str, jax.Array]
+"""Matrices "gate", "up" [E, D, F] and "down" [E, F, D], and "gate_bias" [E, F], ... where there are
+biases; of one expert, the same without E."""
+
 
 def experts_xla(
-    x: jax.Array,
-    expert_ids: jax.Array,
-    weights: jax.Array,
-    w_gate: jax.Array,
-    w_up: jax.Array,
-    w_down: jax.Array,
+    x: jax.Array, expert_ids: jax.Array, weights: jax.Array, w: Weights, glu: Glu
 ) -> jax.Array:
     """See `gemtool.kernels.experts.expert_mlp`."""
     with jax.named_scope("experts"):
-        return _experts(x, expert_ids, weights, w_gate, w_up, w_down)
+        return _experts(glu, x, expert_ids, weights, w)
 
 
-@jax.custom_vjp
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _experts(
-    x: jax.Array,
-    expert_ids: jax.Array,
-    weights: jax.Array,
-    w_gate: jax.Array,
-    w_up: jax.Array,
-    w_down: jax.Array,
+    glu: Glu, x: jax.Array, expert_ids: jax.Array, weights: jax.Array, w: Weights
 ) -> jax.Array:
     if expert_ids.size <= FEW_PAIRS:
-        return _few(x, expert_ids, weights, w_gate, w_up, w_down)
-    return _forward(False, x, expert_ids, weights, w_gate, w_up, w_down)[0]
+        return _few(glu, x, expert_ids, weights, w)
+    return _forward(False, glu, x, expert_ids, weights, w)[0]
 
 
-def _experts_fwd(*arrays: Any) -> tuple[jax.Array, Any]:
-    out, kept = _forward(True, *arrays)
+def _experts_fwd(glu: Glu, *arrays: Any) -> tuple[jax.Array, Any]:
+    out, kept = _forward(True, glu, *arrays)
     return out, (arrays, kept)
 
 
@@ -88,29 +84,28 @@ def _sort(expert_ids: jax.Array, experts: int) -> _Sorted:
 
 def _forward(
     keep: bool,
+    glu: Glu,
     x: jax.Array,
     expert_ids: jax.Array,
     weights: jax.Array,
-    w_gate: jax.Array,
-    w_up: jax.Array,
-    w_down: jax.Array,
+    w: Weights,
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     """The output; with `keep` also the gate and up projections [N + block, F] of sorted pairs."""
-    experts, dim, hidden = w_gate.shape
+    experts, dim, hidden = w["gate"].shape
     dtype = accumulator(x.dtype)
     pairs = _sort(expert_ids, experts)
     rows = expert_ids.size + pairs.block
     x_rows = _gather(x.astype(dtype), pairs)
 
     def one_expert(e: jax.Array, carry: Any) -> Any:
-        gate_e, up_e, down_e = (_take(w, e, dtype) for w in (w_gate, w_up, w_down))
+        own = _expert(w, e, dtype)
 
         def one_block(b: jax.Array, carry: Any) -> Any:
             y_rows, *kept = carry
             at = pairs.start[e] + b * pairs.block
             x_b = lax.dynamic_slice_in_dim(x_rows, at, pairs.block)
-            gate, up = x_b @ gate_e, x_b @ up_e
-            y = (jax.nn.silu(gate) * up) @ down_e
+            gate, up = _project(own, "gate", x_b), _project(own, "up", x_b)
+            y = _project(own, "down", glu(gate, up))
             new = (y, gate, up) if keep else (y,)
             return [_put(old, value, at) for old, value in zip((y_rows, *kept), new, strict=True)]
 
@@ -122,9 +117,9 @@ def _forward(
     return _combine(y_rows, pairs, expert_ids, weights, experts).astype(x.dtype), tuple(kept)
 
 
-def _experts_bwd(saved: Any, d_out: jax.Array) -> tuple[jax.Array | None, ...]:
-    (x, expert_ids, weights, w_gate, w_up, w_down), (gate_rows, up_rows) = saved
-    experts, dim, hidden = w_gate.shape
+def _experts_bwd(glu: Glu, saved: Any, d_out: jax.Array) -> tuple[Any, ...]:
+    (x, expert_ids, weights, w), (gate_rows, up_rows) = saved
+    experts = w["gate"].shape[0]
     dtype = accumulator(x.dtype)
     pairs = _sort(expert_ids, experts)
     x_rows, d_rows = _gather(x.astype(dtype), pairs), _gather(d_out.astype(dtype), pairs)
@@ -132,68 +127,61 @@ def _experts_bwd(saved: Any, d_out: jax.Array) -> tuple[jax.Array | None, ...]:
     share_rows = share_rows.at[pairs.place.reshape(-1)].set(weights.astype(dtype).reshape(-1))
 
     def one_expert(e: jax.Array, carry: Any) -> Any:
-        d_x_rows, d_share, d_gate, d_up, d_down = carry
-        gate_e, up_e, down_e = (_take(w, e, dtype) for w in (w_gate, w_up, w_down))
+        d_x_rows, d_share, d_w = carry
+        own = _expert(w, e, dtype)
 
         def one_block(b: jax.Array, carry: Any) -> Any:
-            d_x_rows, d_share, d_gate_e, d_up_e, d_down_e = carry
+            d_x_rows, d_share, d_own = carry
             at = pairs.start[e] + b * pairs.block
             row = b * pairs.block + jnp.arange(pairs.block, dtype=jnp.int32)
-            own = (row < pairs.rows[e])[:, None]  # the rest of the block is other experts'
+            mine = (row < pairs.rows[e])[:, None]  # the rest of the block is other experts'
 
             def block(rows: jax.Array) -> jax.Array:
                 return lax.dynamic_slice_in_dim(rows, at, pairs.block)
 
-            x_b, d_y, gate, up = (block(r) for r in (x_rows, d_rows, gate_rows, up_rows))
-            share = jnp.where(own, block(share_rows)[:, None], 0)
-            sigmoid = jax.nn.sigmoid(gate)
-            swish = gate * sigmoid
-            h = swish * up
-            d_h = d_y @ down_e.T  # before the pair's weight
-            d_share = _put(d_share, (d_h * h).sum(axis=1), at)
-            d_h = d_h * share
-            d_g = d_h * up * (sigmoid + swish * (1 - sigmoid))
-            d_u = d_h * swish
-            d_x_rows = _put(d_x_rows, d_g @ gate_e.T + d_u @ up_e.T, at)
-            d_gate_e = d_gate_e + x_b.T @ d_g
-            d_up_e = d_up_e + x_b.T @ d_u
-            d_down_e = d_down_e + (h * share).T @ d_y
-            return d_x_rows, d_share, d_gate_e, d_up_e, d_down_e
+            x_b, d_out_b, gate, up = (block(r) for r in (x_rows, d_rows, gate_rows, up_rows))
+            share = jnp.where(mine, block(share_rows)[:, None], 0)
+            h, glu_vjp = jax.vjp(glu, gate, up)
+            d_h = d_out_b @ own["down"].T  # before the pair's weight
+            d_weight = (d_h * h).sum(axis=1)
+            if "down_bias" in own:
+                d_weight = d_weight + d_out_b @ own["down_bias"]
+            d_share = _put(d_share, d_weight, at)
+            d_gate, d_up = glu_vjp(d_h * share)
+            d_x_rows = _put(d_x_rows, d_gate @ own["gate"].T + d_up @ own["up"].T, at)
+            new = {"gate": x_b.T @ d_gate, "up": x_b.T @ d_up, "down": (h * share).T @ d_out_b}
+            if "down_bias" in own:
+                new["gate_bias"], new["up_bias"] = d_gate.sum(axis=0), d_up.sum(axis=0)
+                new["down_bias"] = (share * d_out_b).sum(axis=0)
+            return d_x_rows, d_share, jax.tree.map(jnp.add, d_own, new)
 
-        zeros = (jnp.zeros((dim, hidden), dtype),) * 2 + (jnp.zeros((hidden, dim), dtype),)
-        d_x_rows, d_share, *d_w = lax.fori_loop(
-            0, _blocks(pairs, e), one_block, (d_x_rows, d_share, *zeros)
-        )
-        d_w = [
-            lax.dynamic_update_index_in_dim(old, new.astype(old.dtype), e, 0)
-            for old, new in zip((d_gate, d_up, d_down), d_w, strict=True)
-        ]
-        return d_x_rows, d_share, *d_w
+        start = (d_x_rows, d_share, jax.tree.map(jnp.zeros_like, own))
+        d_x_rows, d_share, d_own = lax.fori_loop(jnp.int32(0), _blocks(pairs, e), one_block, start)
+        d_w = {
+            name: lax.dynamic_update_index_in_dim(old, d_own[name].astype(old.dtype), e, 0)
+            for name, old in d_w.items()
+        }
+        return d_x_rows, d_share, d_w
 
     carry = (
         jnp.zeros_like(x_rows),
         jnp.zeros_like(share_rows),
-        *(jnp.zeros_like(w) for w in (w_gate, w_up, w_down)),
+        jax.tree.map(jnp.zeros_like, w),
     )
-    d_x_rows, d_share, *d_w = lax.fori_loop(jnp.int32(0), jnp.int32(experts), one_expert, carry)
+    d_x_rows, d_share, d_w = lax.fori_loop(jnp.int32(0), jnp.int32(experts), one_expert, carry)
     d_x = _combine(d_x_rows, pairs, expert_ids, jnp.ones_like(weights), experts)
     d_weights = jnp.where(expert_ids < experts, d_share[pairs.place], 0)
-    return d_x.astype(x.dtype), None, d_weights.astype(weights.dtype), *d_w
+    return d_x.astype(x.dtype), None, d_weights.astype(weights.dtype), d_w
 
 
 _experts.defvjp(_experts_fwd, _experts_bwd)
 
 
 def _few(
-    x: jax.Array,
-    expert_ids: jax.Array,
-    weights: jax.Array,
-    w_gate: jax.Array,
-    w_up: jax.Array,
-    w_down: jax.Array,
+    glu: Glu, x: jax.Array, expert_ids: jax.Array, weights: jax.Array, w: Weights
 ) -> jax.Array:
     """One pair after the other. An indexed weight fuses into a product with a vector: no copy."""
-    experts, choices = w_gate.shape[0], expert_ids.shape[1]
+    experts, choices = w["gate"].shape[0], expert_ids.shape[1]
     dtype = accumulator(x.dtype)
     flat = expert_ids.reshape(-1)
     order = jnp.argsort(flat, stable=True).astype(jnp.int32)  # those without an expert come last
@@ -202,21 +190,32 @@ def _few(
     def one_pair(i: jax.Array, out: jax.Array) -> jax.Array:
         pair = order[i]
         token, e = pair // choices, flat[pair]
-        x_t = inputs[token]
-        h = jax.nn.silu(x_t @ _take(w_gate, e, dtype)) * (x_t @ _take(w_up, e, dtype))
-        return out.at[token].add(shares[pair] * (h @ _take(w_down, e, dtype)))
+        own, x_t = _expert(w, e, dtype), inputs[token]
+        h = glu(_project(own, "gate", x_t), _project(own, "up", x_t))
+        return out.at[token].add(shares[pair] * _project(own, "down", h))
 
     used = (flat < experts).sum(dtype=jnp.int32)
     out = lax.fori_loop(jnp.int32(0), used, one_pair, jnp.zeros(x.shape, dtype))
     return out.astype(x.dtype)
 
 
+def _expert(w: Weights, e: jax.Array, dtype: Any) -> Weights:
+    """The weights of one expert."""
+    return {
+        name: lax.dynamic_index_in_dim(array, e, keepdims=False).astype(dtype)
+        for name, array in w.items()
+    }
+
+
+def _project(own: Weights, name: str, x: jax.Array) -> jax.Array:
+    """[..., I] through a matrix of one expert, and its bias where it has one -> [..., O]."""
+    y = x @ own[name]
+    bias = own.get(f"{name}_bias")
+    return y if bias is None else y + jnp.broadcast_to(bias, y.shape)
+
+
 def _blocks(pairs: _Sorted, e: jax.Array) -> jax.Array:
     return (pairs.rows[e] + pairs.block - 1) // pairs.block
-
-
-def _take(w: jax.Array, e: jax.Array, dtype: Any) -> jax.Array:
-    return lax.dynamic_index_in_dim(w, e, keepdims=False).astype(dtype)
 
 
 def _gather(x: jax.Array, pairs: _Sorted) -> jax.Array:

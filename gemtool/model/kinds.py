@@ -1,0 +1,146 @@
+"""How a kind of layer attends, as data: `LayerKind` and the scaling of its rotary positions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from gemtool.model.tables import choice, not_negative, positive, require
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How rotary frequencies are lowered for sequences longer than those first trained on.
+
+    `kind`             "linear": all divided by `factor` (arXiv 2306.15595);
+                       "ntk": a larger base, such that the lowest is divided by `factor` and the
+                       highest is kept ("NTK-aware", arXiv 2309.00071, section 3.1);
+                       "yarn": divided, kept or in between by dimension (arXiv 2309.00071);
+                       "llama3": the same by wavelength (arXiv 2407.21783).
+    `original_length`  sequence length of the first training ("yarn", "llama3").
+    `slow`, `fast`     a frequency that turns fewer than `slow` times within that length is divided,
+                       one that turns more than `fast` times is kept. Usually 1 and 32 for "yarn", 1
+                       and 4 for "llama3".
+    `truncate`         "yarn": whether the dimensions that `slow` and `fast` fall on are rounded
+                       outwards to whole ones.
+    `amplitude`        "yarn": what rotated queries and keys are multiplied by; 0: 0.1 log(factor) + 1.
+    """
+
+    kind: str
+    factor: float
+    original_length: int = 0
+    slow: float = 1.0
+    fast: float = 32.0
+    truncate: bool = True
+    amplitude: float = 0.0
+
+    def __post_init__(self) -> None:
+        where = "rope_scaling"
+        choice(where, self, "kind", ("linear", "ntk", "yarn", "llama3"))
+        require(self.factor >= 1, f"{where}: factor must be at least 1, not {self.factor}")
+        not_negative(where, self, "amplitude")
+        if self.kind in ("yarn", "llama3"):
+            positive(where, self, "original_length", "slow")
+            require(
+                self.slow < self.fast,
+                f"{where}: slow ({self.slow}) must be below fast ({self.fast})",
+            )
+
+
+@dataclass(frozen=True)
+class LayerKind:
+    """How one kind of layer attends.
+
+    `attention`      "window": the last `window` positions, itself included; "chunk": the positions so
+                     far of its own chunk of `window`, counted from the document's beginning;
+                     "full": all so far.
+    `rope_theta`     base of the rotary position embedding (arXiv 2104.09864); 0: no position encoding.
+    `rope_scaling`   how its frequencies are lowered for longer sequences, if they are.
+    `qk_norm`        "unit": queries and keys of length one, times a learned temperature that starts at
+                     `temperature`; "rms": RMSNorm of each head with learned scales; "rms_joint": of all
+                     heads as one vector; "rms_plain": of each head without scales; "none".
+    `score_scale`    what scores are multiplied by; 0: 1 with "unit", else head_dim ** -0.5.
+    `soft_cap`       scores become cap * tanh(scores / cap) (arXiv 2408.00118); 0: they do not.
+    `sink`           a learned logit a head that takes attention and gives nothing (arXiv 2309.17453).
+    `length_scale`   queries grow with their position p, by 1 + length_scale * log(1 + floor((p + 1) /
+    `length_floor`   length_floor)), so that softmax stays as sharp among more keys (arXiv 2501.19399).
+                     length_scale 0: they do not.
+    `qkv_bias`       whether queries, keys and values have a bias.
+    `out_bias`       whether the output projection has.
+    `qk_conv`        width of the depthwise causal convolution that feeds queries and keys; 1: none.
+    `conv_init`      "identity": starts as no convolution; "spread": starts as a random mix of all taps.
+    `key_shift`      1: the key of position t sees t-1 and before, never t. A query that matches the
+                     tokens before t then retrieves the *value* of t, the token that came next: an
+                     induction head (arXiv 2209.11895) in one layer instead of two.
+    `tie_qk_init`    W_q starts equal to W_k, so that equal contexts match before any training.
+    """
+
+    letter: str
+    attention: str = "full"
+    heads: int = 4
+    kv_heads: int = 4
+    head_dim: int = 32
+    window: int = 0
+    rope_theta: float = 0.0
+    rope_scaling: RopeScaling | None = None
+    qk_norm: str = "unit"
+    temperature: float = 12.0
+    score_scale: float = 0.0
+    soft_cap: float = 0.0
+    sink: bool = False
+    length_scale: float = 0.0
+    length_floor: int = 8192
+    qkv_bias: bool = False
+    out_bias: bool = False
+    qk_conv: int = 1
+    conv_init: str = "identity"
+    key_shift: int = 0
+    tie_qk_init: bool = False
+
+    def __post_init__(self) -> None:
+        where = f"layer kind {self.letter!r}"
+        require(len(self.letter) == 1, f"{where}: its name must be a single letter")
+        choice(where, self, "attention", ("window", "chunk", "full"))
+        choice(where, self, "qk_norm", ("unit", "rms", "rms_joint", "rms_plain", "none"))
+        choice(where, self, "conv_init", ("identity", "spread"))
+        positive(where, self, "heads", "kv_heads", "head_dim", "qk_conv", "length_floor")
+        not_negative(where, self, "rope_theta", "score_scale", "soft_cap", "length_scale")
+        require(
+            self.heads % self.kv_heads == 0,
+            f"{where}: heads ({self.heads}) must be a multiple of kv_heads ({self.kv_heads})",
+        )
+        require(
+            (self.window > 0) == self.bounded,
+            f"{where}: window must be positive for window and chunk attention and 0 for full "
+            f"attention, not {self.window}",
+        )
+        require(self.key_shift in (0, 1), f"{where}: key_shift must be 0 or 1")
+        require(
+            self.rope_theta == 0 or self.head_dim % 2 == 0,
+            f"{where}: rotary positions need an even head_dim, not {self.head_dim}",
+        )
+        require(
+            self.rope_scaling is None or self.rope_theta > 1,
+            f"{where}: rope_scaling needs a rope_theta above 1, not {self.rope_theta}",
+        )
+        require(
+            self.rope_scaling is None or self.rope_scaling.kind != "ntk" or self.head_dim > 2,
+            f"{where}: ntk scaling needs a head_dim above 2",
+        )
+        require(
+            self.qk_norm != "unit" or self.temperature > 0, f"{where}: temperature must be positive"
+        )
+
+    @property
+    def bounded(self) -> bool:
+        """Whether a query reaches back a bounded way, so that `window` rows of cache suffice."""
+        return self.attention != "full"
+
+    @property
+    def conv_tail(self) -> int:
+        """Rows before a position that its query and key still see through convolution and shift."""
+        return self.qk_conv - 1 + self.key_shift
+
+    @property
+    def scale(self) -> float:
+        """What scores are multiplied by beside a learned temperature."""
+        return self.score_scale or (1.0 if self.qk_norm == "unit" else self.head_dim**-0.5)

@@ -1,0 +1,389 @@
+"""Attention and experts on a mesh: what each device computes, and what it sends to which.
+
+Without a current mesh (`jax.set_mesh`) these are the kernels themselves. On one, each function runs
+per device (`jax.shard_map`):
+
+* window attention fetches the keys and values that its first queries look back to from the devices
+  before it (a halo);
+* full attention passes keys and values round the ring of the context axis, merging what it attends
+  to piece by piece (ring attention, arXiv 2310.01889); its backward pass goes round once more, with
+  the gradients of keys and values travelling along, so that no device ever holds all of them;
+* experts: each row travels to the device that holds its expert, and back.
+
+Axes: B sequences, T positions, H query heads, N key/value heads, K head dimension, D model; within a
+device they are that device's share.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from gemtool.kernels.attention import flash_attention, merge_attention, partial_attention
+from gemtool.kernels.experts import expert_mlp
+from gemtool.model.mesh import AXES, current_mesh, partition
+
+
+def embedding_rows(table: jax.Array, tokens: jax.Array) -> jax.Array:
+    """The rows of `table` [V, D] of `tokens` int32, on a mesh [B, T]: -> [..., D].
+
+    Each device looks up its own tokens in its own rows of the table, so that the gradient of the
+    table is summed, and nobody gathers that of the activations.
+    """
+    mesh = current_mesh()
+    if mesh is None:
+        return jnp.take(table, tokens, axis=0)
+    rows = partition(("vocab", None), table.shape, mesh)
+    places = partition(("batch", "length"), tokens.shape, mesh)
+
+    def local(table: jax.Array, tokens: jax.Array) -> jax.Array:
+        here = jax.lax.axis_index("tensor")
+        index = tokens - here * (0 if rows[0] is None else len(table))
+        mine = (index >= 0) & (index < len(table))
+        if rows[0] is None:
+            mine = jnp.broadcast_to(here == 0, tokens.shape)
+        found = jnp.take(table, jnp.where(mine, index, 0), axis=0)
+        return jnp.where(mine[..., None], found, 0)[None]
+
+    parts = jax.shard_map(
+        local,
+        in_specs=(rows, places),
+        out_specs=PartitionSpec("tensor", *places, None),
+        check_vma=False,
+    )(table, tokens)
+    return jnp.sum(parts, axis=0)
+
+
+def on_rows(function: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
+    """`function(x)` [..., A] -> [..., B] that treats each row by itself, on a mesh [B, T, A].
+
+    For what XLA would gather all rows for, as it does for `top_k`.
+    """
+    mesh = current_mesh()
+    if mesh is None:
+        return function(x)
+    rows = partition(("batch", "length", None), x.shape, mesh)
+    return jax.shard_map(function, in_specs=rows, out_specs=rows, check_vma=False)(x)
+
+
+def packed_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segments: jax.Array,
+    *,
+    sink: jax.Array | None,
+    window: int | None,
+    **options: Any,
+) -> jax.Array:
+    """Causal attention within the segments of packed sequences.
+
+    `q` [B, T, H, K], `k` and `v` [B, T, N, K], `segments` int32 [B, T] (0 is padding), `sink` [H] or
+    None; `options` are those of `partial_attention`. Returns [B, T, H, K].
+    """
+    mesh = current_mesh()
+    if mesh is None:
+        return flash_attention(
+            q, k, v, q_segments=segments, kv_segments=segments, sink=sink, window=window, **options
+        )
+    queries = partition(("batch", "length", "heads", None), q.shape, mesh)
+    keys = partition(("batch", "length", "kv_heads", None), k.shape, mesh)
+    specs = (queries, keys, keys, PartitionSpec(*queries[:2]), PartitionSpec(queries[2]))
+    groups = q.shape[2] // k.shape[2]
+
+    def local(
+        q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, sink: jax.Array | None
+    ) -> jax.Array:
+        if keys[2] is None:
+            k, v = (_own_heads(x, q.shape[2], groups) for x in (k, v))
+        if mesh.shape["context"] == 1:
+            shared = {"q_segments": segments, "kv_segments": segments, "window": window}
+            return flash_attention(q, k, v, sink=sink, **shared, **options)
+        if window is not None:
+            return _halo(mesh.shape["context"], q, k, v, segments, sink, window, options)
+        fixed = (mesh.shape["context"], tuple(sorted(options.items())))
+        return _ring(fixed, q, k, v, segments, sink)
+
+    return jax.shard_map(local, in_specs=specs, out_specs=queries, check_vma=False)(
+        q, k, v, segments, sink
+    )
+
+
+def _own_heads(x: jax.Array, heads: int, groups: int) -> jax.Array:
+    """Of all key heads [B, T, N, K], those of this device's query heads, one each or one for all."""
+    first = jax.lax.axis_index("tensor") * heads
+    if groups % heads == 0:
+        return jax.lax.dynamic_slice_in_dim(x, first // groups, 1, axis=2)
+    return jnp.take(x, (first + jnp.arange(heads, dtype=jnp.int32)) // groups, axis=2)
+
+
+def _shift(x: Any, size: int, by: int = 1) -> Any:
+    """What the device `by` places before holds; of the last ones, where there is none before."""
+    return jax.lax.ppermute(x, "context", [(i, (i + by) % size) for i in range(size)])
+
+
+def _halo(
+    size: int,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segments: jax.Array,
+    sink: jax.Array | None,
+    window: int,
+    options: dict[str, Any],
+) -> jax.Array:
+    """Window attention with the `window - 1` positions before this device's."""
+    here, own = jax.lax.axis_index("context"), q.shape[1]
+    reach = min(window - 1, (size - 1) * own)
+    rows = [(k, v, segments)]
+    for by in range(1, -(-reach // own) + 1):
+        needed = min(own, reach - (by - 1) * own)
+        before = _shift(tuple(x[:, own - needed :] for x in (k, v, segments)), size, by)
+        rows.insert(0, (*before[:2], jnp.where(here >= by, before[2], 0)))
+    k, v, kv_segments = (jnp.concatenate(parts, axis=1) for parts in zip(*rows, strict=True))
+    return flash_attention(
+        q,
+        k,
+        v,
+        q_start=reach,
+        window=window,
+        q_segments=segments,
+        kv_segments=kv_segments,
+        sink=sink,
+        **options,
+    )
+
+
+Fixed = tuple[int, tuple[tuple[str, Any], ...]]
+"""Devices of the ring, and options of the kernel."""
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _ring(
+    fixed: Fixed,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segments: jax.Array,
+    sink: jax.Array | None,
+) -> jax.Array:
+    return _ring_forward(fixed, q, k, v, segments, sink)[0]
+
+
+def _ring_forward(
+    fixed: Fixed,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segments: jax.Array,
+    sink: jax.Array | None,
+) -> tuple[jax.Array, Any]:
+    size, _ = fixed
+    seen = _own(fixed, segments, q, k, v)
+
+    def visit(by: jax.Array, carry: Any) -> Any:
+        seen, (k, v, theirs) = carry
+        k, v, theirs = _shift((k, v, theirs), size)
+        part = _visit(fixed, segments, _earlier(theirs, by), q, k, v)
+        return merge_attention([seen, part]), (k, v, theirs)
+
+    seen, _ = jax.lax.fori_loop(1, size, visit, (seen, (k, v, segments)))
+    out, lse = merge_attention([seen], sink)
+    return out, (q, k, v, segments, sink, out, lse)
+
+
+def _ring_backward(fixed: Fixed, saved: Any, d_out: jax.Array) -> tuple[Any, ...]:
+    size, _ = fixed
+    q, k, v, segments, sink, out, lse = saved
+    along = jnp.sum(d_out * out, axis=-1)  # [B, T, H]
+
+    def gradients(attend: Any, k: jax.Array, v: jax.Array) -> Any:
+        (part, part_lse), back = jax.vjp(attend, q, k, v)
+        share = jnp.exp(part_lse - lse)
+        d_lse = share * (jnp.sum(d_out * part, axis=-1) - along)
+        return back((d_out * share[..., None], d_lse))
+
+    d_q, d_k, d_v = gradients(functools.partial(_own, fixed, segments), k, v)
+
+    def visit(by: jax.Array, carry: Any) -> Any:
+        d_q, travelling = carry
+        k, v, theirs, d_k, d_v = _shift(travelling, size)
+        attend = functools.partial(_visit, fixed, segments, _earlier(theirs, by))
+        more_q, more_k, more_v = gradients(attend, k, v)
+        return d_q + more_q, (k, v, theirs, d_k + more_k, d_v + more_v)
+
+    d_q, (*_, d_k, d_v) = jax.lax.fori_loop(1, size, visit, (d_q, (k, v, segments, d_k, d_v)))
+    d_k, d_v = _shift((d_k, d_v), size)  # home
+    d_sink = None
+    if sink is not None:
+        d_sink = -jnp.sum(jnp.exp(sink[None, None] - lse) * along, axis=(0, 1)).astype(sink.dtype)
+    return d_q, d_k, d_v, None, d_sink
+
+
+_ring.defvjp(_ring_forward, _ring_backward)
+
+
+def _own(fixed: Fixed, segments: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array) -> Any:
+    """Attention to this device's own keys: those before each query."""
+    return partial_attention(q, k, v, q_segments=segments, kv_segments=segments, **dict(fixed[1]))
+
+
+def _visit(
+    fixed: Fixed,
+    segments: jax.Array,
+    theirs: jax.Array,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+) -> Any:
+    """Attention to keys of another device, all of them before the queries."""
+    return partial_attention(
+        q, k, v, causal=False, q_segments=segments, kv_segments=theirs, **dict(fixed[1])
+    )
+
+
+def _earlier(segments: jax.Array, by: jax.Array) -> jax.Array:
+    """Segments of the device `by` places before, as padding where the ring began anew: later ones."""
+    return jnp.where(jax.lax.axis_index("context") >= by, segments, 0)
+
+
+def routed_experts(
+    x: jax.Array,
+    ids: jax.Array,
+    weights: jax.Array,
+    w: dict[str, jax.Array],
+    *,
+    weigh: str = "output",
+    **options: Any,
+) -> jax.Array:
+    """The weighted sum of each row's chosen experts.
+
+    `x` [..., D], on a mesh [B, T, D]; `ids` int32 [..., C], distinct for a row, E for none; `weights`
+    [..., C], of each expert's "output" or, as `weigh` says, of its "input"; `w` and `options` are the
+    other arguments of `expert_mlp`, the former with a leading axis E. Returns an array like `x`.
+    """
+    mesh = current_mesh()
+    if mesh is None:
+        return _weighed(_flat, weigh, x, ids, weights, w, options)
+    rows = partition(("batch", "length", None), x.shape, mesh)
+    hidden = {"w_down": 1, "b_down": None}  # which axis has the hidden units; the last of others
+    specs = {}
+    for name, array in w.items():
+        axes: list[str | None] = ["expert", *[None] * (array.ndim - 1)]
+        if (axis := hidden.get(name, -1)) is not None:
+            axes[axis] = "tensor"
+        specs[name] = PartitionSpec(*axes)
+    size, copies = mesh.shape["expert"], mesh.shape["tensor"]
+    run = functools.partial(_travel, size) if size > 1 else _flat
+
+    def local(
+        x: jax.Array, ids: jax.Array, weights: jax.Array, w: dict[str, jax.Array]
+    ) -> jax.Array:
+        if "b_down" in w:
+            w = {**w, "b_down": w["b_down"] / copies}
+        return _weighed(run, weigh, x, ids, weights, w, options)[None]
+
+    # Each device of the tensor axis has a part of the hidden units: their sums are summed here.
+    parts = jax.shard_map(
+        local,
+        in_specs=(rows, rows, rows, specs),
+        out_specs=PartitionSpec("tensor", *rows),
+        check_vma=False,
+    )(x, ids, weights, w)
+    return jnp.sum(parts, axis=0)
+
+
+def _weighed(
+    run: Callable[..., jax.Array],
+    weigh: str,
+    x: jax.Array,
+    ids: jax.Array,
+    weights: jax.Array,
+    w: dict[str, jax.Array],
+    options: dict[str, Any],
+) -> jax.Array:
+    """`run` with weights of outputs; where inputs are weighed, each choice is a row of its own."""
+    if weigh == "output":
+        return run(x, ids, weights, w, options)
+    inputs = (x[..., None, :] * weights[..., None].astype(x.dtype)).reshape(-1, x.shape[-1])
+    y = run(inputs, ids.reshape(-1, 1), jnp.ones((len(inputs), 1), weights.dtype), w, options)
+    return jnp.sum(y.reshape(*ids.shape, x.shape[-1]), axis=-2)
+
+
+def _flat(
+    x: jax.Array,
+    ids: jax.Array,
+    weights: jax.Array,
+    w: dict[str, jax.Array],
+    options: dict[str, Any],
+) -> jax.Array:
+    rows, choices, shares = (a.reshape(-1, a.shape[-1]) for a in (x, ids, weights))
+    given: dict[str, Any] = {**w, **options}
+    return expert_mlp(rows, choices, shares, **given).reshape(x.shape)
+
+
+def _travel(
+    size: int,
+    x: jax.Array,
+    ids: jax.Array,
+    weights: jax.Array,
+    w: dict[str, jax.Array],
+    options: dict[str, Any],
+) -> jax.Array:
+    """Rows to the devices of their experts and back, by all-to-all.
+
+    A device may be sent up to all rows of another one, so that none is ever dropped: there is room
+    for so many from each.
+    """
+    experts, choices, width = len(w["w_gate"]), ids.shape[-1], x.shape[-1]
+    flat = x.reshape(-1, width)
+    room = len(flat) * min(choices, experts)
+    to, at_home = (ids // experts).reshape(-1), (ids % experts).reshape(-1)
+    token = jnp.arange(to.shape[0], dtype=jnp.int32) // choices
+    # Place of a pair among those for the same device, in order.
+    same = to[:, None] == jnp.arange(size, dtype=jnp.int32)[None, :]
+    rank = jnp.sum(jnp.where(same, jnp.cumsum(same.astype(jnp.int32), axis=0) - 1, 0), axis=1)
+    place = jnp.where(to < size, to * room + rank, size * room)
+    sent = jnp.zeros((size * room, width), x.dtype).at[place].set(flat[token], mode="drop")
+    sent_ids = jnp.full(size * room, experts, jnp.int32).at[place].set(at_home, mode="drop")
+    rows, row_ids = (_exchange(array) for array in (sent, sent_ids))
+    y = _flat(rows, row_ids[:, None], jnp.ones((len(rows), 1), x.dtype), w, options)
+    back = _exchange(y).at[place].get(mode="fill", fill_value=0)
+    back = back.reshape(*ids.shape, width)
+    return jnp.einsum("...cd,...c->...d", back, weights.astype(x.dtype))
+
+
+def _exchange(x: jax.Array) -> jax.Array:
+    """Block i of each device to device i of the expert axis."""
+    return jax.lax.all_to_all(x, "expert", split_axis=0, concat_axis=0, tiled=True)
+
+
+def sum_over_positions(
+    function: Callable[..., jax.Array], table: jax.Array, *arrays: jax.Array
+) -> jax.Array:
+    """A sum over positions that takes a table with a row a token: each device adds up its own.
+
+    `function(table, *arrays, axis)` gets this device's rows of `table` [V, D] and its positions of
+    `arrays` [B, T, ...]; `axis` names the mesh axis over which the rows are spread, or is None. It
+    returns its share, float32 []: what all devices return is added.
+    """
+    mesh = current_mesh()
+    if mesh is None:
+        return function(table, *arrays, None)
+    rows = partition(("vocab", None), table.shape, mesh)
+    axis = None if rows[0] is None or mesh.shape["tensor"] == 1 else "tensor"
+    specs = [partition(("batch", "length"), array.shape[:2], mesh) for array in arrays]
+    # Where the table is whole, the devices of the tensor axis all compute the same.
+    copies = mesh.shape["tensor"] if axis is None else 1
+    shares = jax.shard_map(
+        lambda *local: function(*local, axis)[None] / copies,
+        in_specs=(rows, *specs),
+        out_specs=PartitionSpec(AXES),
+        check_vma=False,
+    )(table, *arrays)
+    return jnp.sum(shares)

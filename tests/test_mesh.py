@@ -1,0 +1,255 @@
+"""Every sharded form equals the unsharded one on 8 devices: outputs, gradients, a training step."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from gemtool.errors import UsageError
+from gemtool.model.batch import Batch, MediaGroups
+from gemtool.model.config import PRESETS, ModelConfig, load_preset
+from gemtool.model.mesh import (
+    AXES,
+    RULES,
+    describe,
+    make_mesh,
+    param_shardings,
+    parse_mesh,
+    partition,
+    require_fit,
+)
+from gemtool.model.params import flatten, init_params, param_specs
+from gemtool.model.transformer import forward
+from gemtool.train.objectives import next_token_loss
+
+# float32 keys and values: rounding them to float16 would turn other orders of summation into steps.
+CONFIG = ModelConfig.from_dict(
+    {
+        "name": "mesh",
+        "vocab_size": 96,
+        "d_model": 32,
+        "layers": "LGC",
+        "d_ff": 64,
+        "kv_dtype": "float32",
+        "kinds": {
+            "L": {
+                "attention": "window", "window": 11, "heads": 4, "kv_heads": 4, "head_dim": 8,
+                "rope_theta": 1e4, "qk_norm": "rms", "qk_conv": 4,
+            },
+            "G": {
+                "heads": 8, "kv_heads": 2, "head_dim": 8, "sink": True, "qk_conv": 8,
+                "key_shift": 1, "tie_qk_init": True,
+            },
+            "C": {
+                "attention": "chunk", "window": 10, "heads": 4, "kv_heads": 1, "head_dim": 8,
+                "rope_theta": 1e4, "qk_norm": "none", "soft_cap": 5.0,
+            },
+        },
+        "moe": {"experts": 8, "top_k": 3, "d_expert": 16, "shared_experts": 1},
+        "encoders": {"visual": {"tokens": 4, "features": 12, "hidden": 16}},
+    }
+)  # fmt: skip
+
+ALONE = [f"{name}=8" for name in ("data", "fsdp", "expert", "context")] + ["tensor=4", "context=2"]
+TOGETHER = [
+    "data=2,fsdp=2,tensor=2",
+    "expert=2,context=2,tensor=2",
+    "data=2,expert=4",
+    "fsdp=2,context=4",
+]
+# Llama 4 weighs inputs, gpt-oss has biases: what a device adds must be added once.
+BIASED = dataclasses.replace(
+    CONFIG,
+    layers="LG",
+    logit_soft_cap=8.0,
+    moe=dataclasses.replace(
+        CONFIG.moe, weigh="input", expert_bias=True, router_bias=True, shared_experts=0
+    ),
+)
+OUTPUT = {"rtol": 2e-4, "atol": 2e-4}
+
+
+def make_batch(seed: int = 0) -> Batch:
+    """Documents of many lengths, some longer than what a device has, padding, media."""
+    rng = np.random.default_rng(seed)
+    B, T = 8, 32
+    segments = np.zeros((B, T), np.int32)
+    positions = np.zeros((B, T), np.int32)
+    for row in range(B):
+        at, number = 0, 1
+        while at < T - (row == 3) * 9:  # the fourth ends in padding
+            length = min(int(rng.integers(1, 30)), T - at)
+            segments[row, at : at + length] = number
+            positions[row, at : at + length] = np.arange(length)
+            at, number = at + length, number + 1
+    tokens, targets = (rng.integers(0, CONFIG.vocab_size, (B, T)).astype(np.int32) for _ in "ab")
+    weights = (rng.random((B, T)) * (rng.random((B, T)) < 0.7)).astype(np.float32)
+    media = MediaGroups(
+        values=rng.integers(0, 256, (3, 4, 12)).astype(np.uint8),
+        at=np.array([5, 40, B * T], np.int32),
+        rows=np.array([4, 4, 0], np.int32),
+    )
+    return Batch(tokens, segments, positions, targets, weights * (segments > 0), {"visual": media})
+
+
+def objective(params: Any, config: ModelConfig, batch: Batch) -> Any:
+    hidden, router = forward(params, config, batch)
+    loss = next_token_loss(params, config, hidden, batch.targets, batch.weights, chunk=16)
+    return loss + router["loss"], (loss, hidden, router["load"])
+
+
+def run(config: ModelConfig, params: Any, batch: Batch) -> Any:
+    function = jax.value_and_grad(partial(objective, config=config), has_aux=True)
+    # Runs once: optimising would cost more than it saves.
+    step = jax.jit(
+        lambda p, b: function(p, batch=b), compiler_options={"xla_backend_optimization_level": 0}
+    )
+    (_, outputs), gradients = step(params, batch)
+    return jax.tree.map(np.asarray, (outputs, gradients))
+
+
+@pytest.fixture(scope="module")
+def unsharded() -> tuple[Any, Batch, Any]:
+    params, batch = init_params(CONFIG, jax.random.key(0)), make_batch()
+    return params, batch, run(CONFIG, params, batch)
+
+
+def spread(batch: Batch, mesh: Any) -> Batch:
+    def put(x: np.ndarray) -> jax.Array:
+        spec = partition(("batch", "length"), x.shape, mesh)
+        return jax.device_put(x, jax.sharding.NamedSharding(mesh, spec))
+
+    own = {f.name: put(getattr(batch, f.name)) for f in dataclasses.fields(batch)[:-1]}
+    return Batch(**own, media=batch.media)
+
+
+@pytest.mark.parametrize("text", ALONE + TOGETHER)
+def test_sharded_equals_unsharded(text: str, unsharded: tuple[Any, Batch, Any]) -> None:
+    params, batch, expected = unsharded
+    require_equal(CONFIG, text, params, batch, expected)
+
+
+def test_what_each_device_adds_is_added_once() -> None:
+    params, batch = init_params(BIASED, jax.random.key(1)), make_batch(1)
+    params = jax.tree.map(lambda x: x + 0.02, params)  # biases begin at zero
+    text = "expert=2,context=2,tensor=2"
+    require_equal(BIASED, text, params, batch, run(BIASED, params, batch))
+
+
+def require_equal(config: ModelConfig, text: str, params: Any, batch: Batch, expected: Any) -> None:
+    outputs, gradients = expected
+    mesh = make_mesh(parse_mesh(text))
+    with jax.set_mesh(mesh):
+        cut = jax.device_put(params, param_shardings(config, mesh))
+        got_outputs, got_gradients = run(config, cut, spread(batch, mesh))
+    for got, want in zip(jax.tree.leaves(got_outputs), jax.tree.leaves(outputs), strict=True):
+        np.testing.assert_allclose(got, want, **OUTPUT)
+    wanted = flatten(gradients)
+    for path, got in flatten(got_gradients).items():
+        atol = 2e-5 * np.abs(wanted[path]).max() + 1e-6
+        np.testing.assert_allclose(got, wanted[path], rtol=1e-3, atol=atol, err_msg=path)
+
+
+def test_parameters_are_really_cut() -> None:
+    mesh = make_mesh(parse_mesh("fsdp=2,expert=2,tensor=2"))
+    shardings = flatten(param_shardings(CONFIG, mesh))
+    shapes = {k: v.shape for k, v in flatten(init_params(CONFIG, jax.random.key(0))).items()}
+    local = {path: shardings[path].shard_shape(shape) for path, shape in shapes.items()}
+    assert local["embedding"] == (48, 16)
+    assert local["layers/1/attention/q"] == (16, 4, 8)
+    assert local["layers/1/moe/gate"] == (4, 16, 8)
+    assert local["layers/1/moe/down"] == (4, 8, 16)
+    assert local["layers/0/mlp/down"] == (32, 16)
+    assert local["layers/1/attention/sink"] == (4,)
+
+
+def test_what_does_not_divide_stays_whole() -> None:
+    mesh = make_mesh(parse_mesh("tensor=4"))
+    assert partition(("embed", "kv_heads", None), (32, 2, 8), mesh)[1] is None
+    assert partition(("embed", "heads", None), (32, 8, 8), mesh)[1] == "tensor"
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        ("data=3", "data x fsdp x expert = 3 does not divide 8 sequences"),
+        ("context=5", "context = 5 does not divide 32 positions"),
+        ("tensor=8", "tensor = 8 does not divide 4 heads"),
+        ("expert=3", "expert = 3 does not divide 8 experts"),
+    ],
+)
+def test_a_mesh_that_does_not_fit_is_refused(text: str, what: str) -> None:
+    with pytest.raises(UsageError) as problem:
+        require_fit(CONFIG, make_mesh(parse_mesh(text)), 8, 32)
+    assert what in str(problem.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        ("dta=2", "no axis 'dta'; did you mean 'data'?"),
+        ("data=2,data=4", "twice"),
+        ("data", "give the axis a size, as in data=2"),
+        ("data=0", "give the axis a size"),
+        ("data=-1", "give the axis a size"),
+    ],
+)
+def test_mistyped_meshes(text: str, what: str) -> None:
+    with pytest.raises(UsageError) as problem:
+        parse_mesh(text)
+    assert what in str(problem.value)
+
+
+def test_meshes_have_all_axes() -> None:
+    sizes = parse_mesh(" fsdp=2, tensor=4 ")
+    assert tuple(sizes) == AXES
+    assert describe(sizes) == "fsdp=2,tensor=4"
+    assert describe(parse_mesh("")) == "1 device"
+    assert make_mesh(parse_mesh("")).shape == dict.fromkeys(AXES, 1)
+    with pytest.raises(UsageError, match="takes 16 devices; there are 8"):
+        make_mesh({"data": 16})
+
+
+def test_every_axis_of_every_preset_has_a_rule() -> None:
+    for name in PRESETS:
+        for path, spec in flatten(param_specs(load_preset(name))).items():
+            assert {*spec.axes} - {None} <= RULES.keys(), path
+
+
+# What a program sends. Compiled for CPU devices, where sums that are cut stay sums of everything.
+SENDS = ("all-reduce", "all-gather", "all-to-all", "collective-permute")
+
+
+def sent(text: str) -> set[str]:
+    """The collectives of a forward and backward pass over text."""
+    batch = dataclasses.replace(make_batch(), media={})
+    mesh = make_mesh(parse_mesh(text))
+    with jax.set_mesh(mesh):
+        params = jax.device_put(
+            init_params(CONFIG, jax.random.key(0)), param_shardings(CONFIG, mesh)
+        )
+        step = jax.jit(jax.grad(lambda p, b: objective(p, CONFIG, b)[0]))
+        program = step.lower(params, spread(batch, mesh)).compile().as_text()
+    return {name for name in SENDS if re.search(rf"\b{name}(-start)?\(", program)}
+
+
+@pytest.mark.parametrize(
+    ("text", "must", "must_not"),
+    [
+        ("data=8", {"all-reduce"}, {"all-to-all", "collective-permute", "all-gather"}),
+        ("fsdp=8", {"all-gather", "all-reduce"}, {"collective-permute"}),
+        ("expert=8", {"all-to-all", "all-reduce"}, {"collective-permute"}),
+        ("context=8", {"collective-permute", "all-reduce"}, {"all-to-all"}),
+        ("tensor=4", {"all-reduce"}, {"all-to-all", "collective-permute"}),
+    ],
+)
+def test_each_axis_sends_what_it_should(text: str, must: set[str], must_not: set[str]) -> None:
+    found = sent(text)
+    assert must <= found
+    assert not must_not & found
