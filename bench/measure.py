@@ -84,8 +84,9 @@ def compare(
     unit: str = "s",
     work: tuple[float, float] | None = None,
     clock: Literal["cpu", "wall"] = "cpu",
+    warm_up: bool = True,
 ) -> Row:
-    """Runs both in turns, which begin with either one alternately, after one turn to warm up.
+    """Runs both in turns, which begin with either one alternately.
 
     Args:
         what: the row's name.
@@ -94,12 +95,14 @@ def compare(
         unit: of `ours` and `peer` in the row.
         work: what each does in a turn, in units times seconds; the row then has rates.
         clock: which seconds count.
+        warm_up: begin with a turn that does not count.
 
     Returns:
         A row: medians of `ours` and `peer`, the median `ratio` and its least and greatest value,
         and the median ratio by the clock (`wall`), where others on the machine count as well.
     """
-    ours(), peer()
+    if warm_up:
+        ours(), peer()
     mine: list[Cost] = []
     theirs: list[Cost] = []
     for turn in range(repeats):

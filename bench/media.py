@@ -74,6 +74,7 @@ def against(what: str, file: str, folder: Path, *, picture: bool, sound: bool) -
         lambda: shell(f"{ours} | cat > /dev/null", folder),
         lambda: shell(f"{theirs} | cat > /dev/null", folder),
         repeats=REPEATS,
+        warm_up=False,  # files that were just written, processes that start anew
     )
 
 
