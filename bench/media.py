@@ -17,7 +17,7 @@ from pathlib import Path
 from measure import Row, compare, report, shell
 
 REPEATS = 3
-LOOPS = 5
+LOOPS = 9
 """How often the 20 seconds of a film are repeated."""
 SOUND = 1800
 """Seconds of a recording."""
