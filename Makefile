@@ -62,12 +62,7 @@ format: $(READY) ## Format the code
 	$(BIN)/ruff format .
 
 bench: $(READY) ## Benchmarks, each as a ratio to a limit measured in the same run
-	$(BIN)/python bench/kernels.py
-	$(BIN)/python bench/text.py
-	$(BIN)/python bench/media.py
-	$(BIN)/python bench/prefill.py
-	$(BIN)/python bench/packing.py
-	$(BIN)/python bench/shards.py
+	$(BIN)/python bench
 
 clean: ## Remove what the other targets made
 	rm -rf $(VENV) $(VENV)-ray build dist .mypy_cache .ruff_cache

@@ -1,28 +1,21 @@
 """Speed of the kernels against this machine's own matmul: `python bench/kernels.py`.
 
-Prints one JSON object a line on stdout and a table on stderr. A figure is the median of several
-runs; `ratio` is GFLOP/s over those of a 2048 x 2048 x 2048 float32 matmul timed beside each run,
-so that it holds on a shared machine. Needed operations only are counted: what a causal mask or a
-window hides is not, and a backward pass counts 2.5 forwards (attention) or 2 (experts).
+The peer is a 2048 x 2048 x 2048 float32 matmul, and seconds are those of the clock. Needed
+operations only are counted: what a causal mask or a window hides is not, and a backward pass counts
+2.5 forwards (attention) or 2 (experts).
 For one core: `taskset -c 0 python bench/kernels.py`.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
-import sys
-import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from measure import Action, Row, call, compare, report
 
 from gemtool.kernels import attention, expert_mlp, experts, flash_attention
 
@@ -30,17 +23,10 @@ Case = tuple[str, float, Callable[..., Any], tuple[Any, ...], int]
 REPEATS = 5
 
 
-def compiled(function: Callable[..., Any], *arguments: Any) -> Callable[[], float]:
-    """A compiled, warmed-up call that returns the seconds it took."""
+def compiled(function: Callable[..., Any], *arguments: Any) -> Action:
+    """A call of the compiled function."""
     program = jax.jit(function).lower(*arguments).compile()
-
-    def call() -> float:
-        start = time.perf_counter()
-        jax.block_until_ready(program(*arguments))
-        return time.perf_counter() - start
-
-    call()
-    return call
+    return lambda: call(lambda: jax.block_until_ready(program(*arguments)))
 
 
 def normal(*shape: int, dtype: Any = jnp.float32) -> jax.Array:
@@ -119,43 +105,40 @@ def expert_cases(impl: str) -> Iterator[Case]:
             yield label + " + backward", 3 * work, with_gradient(run, 5), arrays, 0
 
 
+def rows(impl: str, only: str) -> Iterator[Row]:
+    square = normal(2048, 2048)
+    matmul = compiled(jnp.dot, square, square)
+    for module, cases in {attention: attention_cases, experts: expert_cases}.items():
+        operation = module.__name__.rpartition(".")[2]
+        for label, work, function, arguments, read in cases(impl):
+            what = f"{operation}: {label}"
+            if only not in what:
+                continue
+            row = compare(
+                what,
+                compiled(function, *arguments),
+                matmul,
+                repeats=REPEATS,
+                unit="GFLOP/s",
+                work=(work / 1e9, 2 * 2048**3 / 1e9),
+                clock="wall",
+            )
+            seconds = work / 1e9 / row["ours"]
+            yield {
+                **row,
+                "impl": impl,
+                "platform": jax.default_backend(),
+                "ms": 1e3 * seconds,
+                "read_gb_s": read / seconds / 1e9 if read else None,
+            }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Speed of the kernels against matmul.")
     parser.add_argument("--impl", default="xla", choices=sorted(set(attention.IMPLEMENTATIONS)))
     parser.add_argument("--only", default="", help="run the cases whose label contains this")
     options = parser.parse_args()
-    square = normal(2048, 2048)
-    matmul = compiled(jnp.dot, square, square)
-    table = {attention: attention_cases, experts: expert_cases}
-    print(f"{'case':58} {'ms':>9} {'GFLOP/s':>8} {'ratio':>6} {'GB/s':>6}", file=sys.stderr)
-    for module, cases in table.items():
-        operation = module.__name__.rpartition(".")[2]
-        for label, work, function, arguments, read in cases(options.impl):
-            if options.only not in f"{operation} {label}":
-                continue
-            call = compiled(function, *arguments)
-            # A peak beside each run: neighbours on a shared machine slow both.
-            pairs = [(2 * 2048**3 / matmul(), call()) for _ in range(REPEATS)]
-            peak, taken = (statistics.median(x) for x in zip(*pairs, strict=True))
-            ratio = statistics.median(work / seconds / peak for peak, seconds in pairs)
-            row = {
-                "kernel": operation,
-                "impl": options.impl,
-                "platform": jax.default_backend(),
-                "case": label,
-                "ms": round(1e3 * taken, 3),
-                "gflops": round(work / taken / 1e9, 2),
-                "matmul_gflops": round(peak / 1e9, 2),
-                "ratio": round(ratio, 3),
-                "read_gb_s": round(read / taken / 1e9, 2) if read else None,
-            }
-            print(json.dumps(row), flush=True)
-            shown = f"{row['read_gb_s']:6.1f}" if read else ""
-            print(
-                f"{operation + ': ' + label:58} {row['ms']:9.2f} {row['gflops']:8.1f} "
-                f"{row['ratio']:6.2f} {shown}",
-                file=sys.stderr,
-            )
+    report(lambda _: rows(options.impl, options.only))
 
 
 if __name__ == "__main__":

@@ -1,35 +1,175 @@
-"""What the benchmarks share: ratios of CPU times of runs side by side, and how they are shown."""
+"""What the benchmarks share: runs side by side, what they cost, and how that is shown.
+
+`gemtool` and its peer work in turns, so that a busy machine slows both. A row's `ratio` is the
+median over the turns of ours / peer: of rates if each has a rate, else of speeds (peer's seconds /
+our seconds). Seconds are those of processors (user and system, of all processes and threads of it)
+or, where a row says so, those of the clock.
+"""
 
 from __future__ import annotations
 
 import json
+import os
+import resource
+import shlex
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
 
-REPEATS = 7
+ROOT = Path(__file__).resolve().parent.parent
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))  # the gemtool of this checkout
 
+Row = dict[str, Any]
 
-def cpu_seconds(action: Callable[[], Any]) -> float:
-    """User and system time of all threads of this process."""
-    start = time.process_time()
-    action()
-    return time.process_time() - start
-
-
-def alternate_cpu(ours: Callable[[], Any], peer: Callable[[], Any]) -> tuple[float, float, float]:
-    """Median CPU seconds of each, and the median of the ratios peer / ours of runs side by side."""
-    ours(), peer()
-    pairs = [(cpu_seconds(ours), cpu_seconds(peer)) for _ in range(REPEATS)]
-    mine, theirs = (statistics.median(column) for column in zip(*pairs, strict=True))
-    return mine, theirs, statistics.median(b / a for a, b in pairs)
+_HEADING = f"{'ours':>9} {'peer':>9} {'unit':12} {'ratio':>6}  {'spread':12} {'wall':>5}  what"
 
 
-def show(rows: Iterable[dict[str, Any]]) -> None:
-    """Each row as JSON on stdout, and for a person on stderr."""
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """Seconds that something took.
+
+    Attributes:
+        wall: by the clock.
+        cpu: of processors, in all processes and threads of it.
+    """
+
+    wall: float
+    cpu: float
+
+
+Action = Callable[[], Cost]
+
+
+def call(function: Callable[[], object]) -> Cost:
+    """The cost of a function in this process."""
+    return _measured(resource.RUSAGE_SELF, function)
+
+
+def shell(command: str, folder: Path) -> Cost:
+    """The cost of a shell's pipeline; `gemtool` in it is the command of this checkout.
+
+    Raises:
+        subprocess.CalledProcessError: a process of the pipeline failed.
+    """
+    gemtool = f"{shlex.quote(sys.executable)} -P -m gemtool"
+    script = f'set -o pipefail; gemtool() {{ {gemtool} "$@"; }}; {command}'
+    environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/local/bin:/usr/bin:/bin"}
+
+    def run() -> None:
+        subprocess.run(["bash", "-c", script], check=True, cwd=folder, env=environment)
+
+    return _measured(resource.RUSAGE_CHILDREN, run)
+
+
+def _measured(who: int, function: Callable[[], object]) -> Cost:
+    before, start = resource.getrusage(who), time.perf_counter()
+    function()
+    wall, after = time.perf_counter() - start, resource.getrusage(who)
+    return Cost(wall, after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime)
+
+
+def compare(
+    what: str,
+    ours: Action,
+    peer: Action,
+    *,
+    repeats: int,
+    unit: str = "s",
+    work: tuple[float, float] | None = None,
+    clock: Literal["cpu", "wall"] = "cpu",
+    warm_up: bool = True,
+) -> Row:
+    """Runs both in turns, which begin with either one alternately.
+
+    Args:
+        what: the row's name.
+        ours, peer: the two.
+        repeats: turns.
+        unit: of `ours` and `peer` in the row.
+        work: what each does in a turn, in units times seconds; the row then has rates.
+        clock: which seconds count.
+        warm_up: begin with a turn that does not count.
+
+    Returns:
+        A row: medians of `ours` and `peer`, the median `ratio` and its least and greatest value,
+        and the median ratio by the clock (`wall`), where others on the machine count as well.
+    """
+    if warm_up:
+        ours(), peer()
+    mine: list[Cost] = []
+    theirs: list[Cost] = []
+    for turn in range(repeats):
+        order = [(ours, mine), (peer, theirs)]
+        for action, costs in order if turn % 2 else reversed(order):
+            costs.append(action())
+    share = work[0] / work[1] if work else 1.0
+
+    def ratios(kind: str) -> list[float]:
+        pairs = zip(mine, theirs, strict=True)
+        return [share * getattr(b, kind) / getattr(a, kind) for a, b in pairs]
+
+    def shown(costs: list[Cost], amount: float) -> float:
+        seconds = statistics.median(getattr(cost, clock) for cost in costs)
+        return amount / seconds if work else seconds
+
+    found = ratios(clock)
+    return {
+        "what": what,
+        "unit": unit,
+        "ours": shown(mine, work[0] if work else 0),
+        "peer": shown(theirs, work[1] if work else 0),
+        "ratio": statistics.median(found),
+        "spread": [min(found), max(found)],
+        "wall": statistics.median(ratios("wall")),
+        "clock": clock,
+        "repeats": repeats,
+    }
+
+
+def line(row: Row) -> str:
+    """A row for a person."""
+    low, high = row["spread"]
+    spread = f"{low:.2f}..{high:.2f}"
+    return (
+        f"{row['ours']:9.2f} {row['peer']:9.2f} {row['unit']:12} {row['ratio']:6.2f}  "
+        f"{spread:12} {row['wall']:5.2f}  {row['what']}"
+    )
+
+
+def table(rows: Iterable[Row]) -> None:
+    """Writes rows to stderr for a person, each when it comes."""
+    print(_HEADING, file=sys.stderr)
     for row in rows:
-        print(json.dumps({**row, "repeats": REPEATS}), flush=True)
-        shown = f"{row['ours']:9.2f} {row['peer']:9.2f} {row['unit']:12} {row['ratio']:6.2f}"
-        print(f"{shown}  {row['what']}", file=sys.stderr)
+        print(line(row), file=sys.stderr, flush=True)
+
+
+def report(rows: Callable[[Path], Iterator[Row]]) -> None:
+    """Makes rows in a folder that is removed afterwards: JSON on stdout, a table on stderr."""
+
+    def written() -> Iterator[Row]:
+        for row in rows(Path(folder)):
+            print(json.dumps(_rounded(row)), flush=True)
+            yield row
+
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            table(written())
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(141)
+
+
+def _rounded(value: Any) -> Any:
+    """Four significant digits of every float."""
+    if isinstance(value, float):
+        return float(f"{value:.4g}")
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    return [_rounded(item) for item in value] if isinstance(value, list) else value

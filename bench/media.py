@@ -11,17 +11,15 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-from timing import compare, report, shell
+from measure import Row, compare, report, shell
 
 REPEATS = 3
 LOOPS = 5
 """How often the 20 seconds of a film are repeated."""
-SOUND = 1200
+SOUND = 1800
 """Seconds of a recording."""
 
 _PICTURE = "testsrc2=s=1280x720:r=30:d=20,noise=alls=6:allf=t"
@@ -46,41 +44,39 @@ def ffmpeg(arguments: str, folder: Path) -> None:
     subprocess.run(["ffmpeg", "-v", "error", "-y", *arguments.split()], check=True, cwd=folder)
 
 
-def rows(folder: Path) -> Iterator[dict[str, Any]]:
+def rows(folder: Path) -> Iterator[Row]:
+    if shutil.which("ffmpeg") is None:
+        sys.exit("bench/media.py needs the ffmpeg command")
     tone = "-f lavfi -i aevalsrc=sin(440*t)*0.3+random(0)*0.1:s=44100:c=stereo:d=20"
     for name, codec in FILMS.items():
         ffmpeg(f"-f lavfi -i {_PICTURE} {tone} -pix_fmt yuv420p {codec} once.mkv", folder)
         ffmpeg(f"-stream_loop {LOOPS - 1} -i once.mkv -c copy film.mkv", folder)
         for heard in (False, True):
             what = f"video, {name}, {'with' if heard else 'without'} sound, against ffmpeg"
-            yield {"what": what, **against("film.mkv", folder, picture=True, sound=heard)}
+            yield against(what, "film.mkv", folder, picture=True, sound=heard)
     ffmpeg(f"{tone} once.wav", folder)
     for extension, codec in RECORDINGS.items():
         file = f"sound.{extension}"
         ffmpeg(f"-stream_loop -1 -i once.wav -t {SOUND} {codec} {file}", folder)
-        what = f"sound, {extension}, against ffmpeg"
-        yield {"what": what, **against(file, folder, picture=False, sound=True)}
+        what = f"sound, {extension}, {SOUND / 60:.0f} minutes, against ffmpeg"
+        yield against(what, file, folder, picture=False, sound=True)
+        (folder / file).unlink()
 
 
-def against(file: str, folder: Path, *, picture: bool, sound: bool) -> dict[str, Any]:
+def against(what: str, file: str, folder: Path, *, picture: bool, sound: bool) -> Row:
     """Compares both for what is wanted of a file; where both are, ffmpeg writes the sound away."""
     frames = "-map 0:v:0 -vf fps=1:round=up,scale=224:224:flags=area -pix_fmt rgb24 -f rawvideo -"
     outputs = [frames] * picture + [f"{_RESAMPLED} {'/dev/null' if picture else '-'}"] * sound
     theirs = f"ffmpeg -v error -nostdin -y -threads 1 -i {file} {' '.join(outputs)}"
     ours = f"gemtool tokenize -q {file}" + ("" if sound else " --no-audio")
     return compare(
+        what,
         lambda: shell(f"{ours} | cat > /dev/null", folder),
         lambda: shell(f"{theirs} | cat > /dev/null", folder),
-        REPEATS,
+        repeats=REPEATS,
+        warm_up=False,  # files that were just written, processes that start anew
     )
 
 
-def main() -> None:
-    if shutil.which("ffmpeg") is None:
-        sys.exit("bench/media.py needs the ffmpeg command")
-    with tempfile.TemporaryDirectory() as scratch:
-        report(rows(Path(scratch)))
-
-
 if __name__ == "__main__":
-    main()
+    report(rows)

@@ -8,21 +8,16 @@ positions that stay empty. The last row packs spans, tokens copied and all, not 
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from measure import Row, call, compare, report
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from gemtool.data.packing import BestFit, Packer
+from gemtool.stream.spans import Span
 
-from measure import alternate_cpu, show  # noqa: E402
-
-from gemtool.data.packing import BestFit, Packer  # noqa: E402
-from gemtool.stream.spans import Span  # noqa: E402
-
+REPEATS = 7
 DOCUMENTS = 1_000_000
 OPEN_BINS = 16
 
@@ -36,28 +31,25 @@ def sizes_of(kind: str) -> np.ndarray:
     return sizes
 
 
-def rows() -> Iterator[dict[str, Any]]:
+def rows(_: Path) -> Iterator[Row]:
     for kind, length in (("text", 8192), ("text", 131072), ("multimodal", 8192)):
         sizes = sizes_of(kind)
         whole = int((sizes // length).sum())  # sequences that long documents fill alone
         items = (sizes % length)[sizes % length > 0].tolist()
-        mine, theirs, ratio = alternate_cpu(
-            lambda: best_fit(items, length),  # noqa: B023
-            lambda: next_fit(items, length),  # noqa: B023
-        )
         waste = [
             1 - int(sizes.sum()) / ((whole + count) * length)
             for count in (best_fit(items, length), next_fit(items, length))
         ]
-        yield {
-            "what": f"best-fit of {kind}, {length}: {waste[0]:.3%} wasted, against next-fit: "
+        row = compare(
+            f"best-fit of {kind}, {length}: {waste[0]:.3%} wasted, against next-fit: "
             f"{waste[1]:.1%}",
-            "unit": "M docs/CPU-s",
-            "ours": len(items) / mine / 1e6,
-            "peer": len(items) / theirs / 1e6,
-            "ratio": ratio,
-            "waste": waste[0],
-        }
+            lambda: call(lambda: best_fit(items, length)),  # noqa: B023
+            lambda: call(lambda: next_fit(items, length)),  # noqa: B023
+            repeats=REPEATS,
+            unit="M docs/CPU-s",
+            work=(len(items) / 1e6, len(items) / 1e6),
+        )
+        yield {**row, "waste": waste[0]}
     yield spans_row()
 
 
@@ -81,7 +73,7 @@ def next_fit(items: list[int], length: int) -> int:
     return closed
 
 
-def spans_row(documents: int = 100_000) -> dict[str, Any]:
+def spans_row(documents: int = 100_000) -> Row:
     tokens = np.zeros(1 << 20, np.int32)
     spans = [
         Span(str(index), 0, "text", tokens[:size])
@@ -95,15 +87,15 @@ def spans_row(documents: int = 100_000) -> dict[str, Any]:
         return sum(len(span.tokens[:].copy()) for span in spans)
 
     assert ours() == peer()
-    mine, theirs, ratio = alternate_cpu(ours, peer)
-    return {
-        "what": "packing spans of text, 8192, against a copy of their tokens",
-        "unit": "M docs/CPU-s",
-        "ours": documents / mine / 1e6,
-        "peer": documents / theirs / 1e6,
-        "ratio": ratio,
-    }
+    return compare(
+        "packing spans of text, 8192, against a copy of their tokens",
+        lambda: call(ours),
+        lambda: call(peer),
+        repeats=REPEATS,
+        unit="M docs/CPU-s",
+        work=(documents / 1e6, documents / 1e6),
+    )
 
 
 if __name__ == "__main__":
-    show(rows())
+    report(rows)

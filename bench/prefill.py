@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from measure import Row, call, compare, report
 
-from measure import alternate_cpu, show  # noqa: E402
+REPEATS = 7
+LENGTH = 4096
 
 
-def prefill_row(length: int = 4096) -> dict[str, Any]:
+def rows(folder: Path, length: int = LENGTH) -> Iterator[Row]:
     """Counts two operations for each active parameter but the embedding, and the attention."""
     import jax
     import jax.numpy as jnp
@@ -52,15 +52,16 @@ def prefill_row(length: int = 4096) -> dict[str, Any]:
         for kind in kinds
     )
     work = length * (2 * active + 4 * pairs)
-    mine, theirs, _ = alternate_cpu(ours, peer)
-    return {
-        "what": f"prefill nano, {length} tokens ({length / mine:,.0f} a second), against matmul",
-        "unit": "GFLOP/s",
-        "ours": work / mine / 1e9,
-        "peer": 4 * 2 * 2048**3 / theirs / 1e9,
-        "ratio": (work / mine) / (4 * 2 * 2048**3 / theirs),
-    }
+    row = compare(
+        f"prefill nano, {length} tokens, against matmul",
+        lambda: call(ours),
+        lambda: call(peer),
+        repeats=REPEATS,
+        unit="GFLOP/s",
+        work=(work / 1e9, 4 * 2 * 2048**3 / 1e9),
+    )
+    yield {**row, "tokens_s": length * row["ours"] / (work / 1e9)}
 
 
 if __name__ == "__main__":
-    show([prefill_row()])
+    report(rows)

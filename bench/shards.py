@@ -14,24 +14,18 @@ over the peer's, the median of alternating runs.
 from __future__ import annotations
 
 import itertools
-import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from measure import Row, call, compare, report, shell
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from gemtool.data.shards import ShardFolder
+from gemtool.stream.spans import ArrowSpanWriter, Header, Span
 
-from measure import alternate_cpu, show  # noqa: E402
-
-from gemtool.data.shards import ShardFolder  # noqa: E402
-from gemtool.stream.spans import ArrowSpanWriter, Header, Span  # noqa: E402
-
+REPEATS = 7
 LENGTH, SEQUENCES = 8192, 2000
 
 
@@ -50,12 +44,9 @@ def write_packed(path: Path) -> None:
         writer.close()
 
 
-def rows(folder: Path) -> Iterator[dict[str, Any]]:
+def rows(folder: Path) -> Iterator[Row]:
     write_packed(folder / "packed")
-    for name, *options in (("arrow",), ("records", "--to", "array_record")):
-        command = ["-m", "gemtool", "shard", "-q", "packed", "-o", name, *options]
-        environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"}
-        subprocess.run([sys.executable, *command], check=True, cwd=folder, env=environment)
+    shell("gemtool shard -q packed -o arrow", folder)
     order = np.random.default_rng(1).permutation(SEQUENCES).tolist()
     (file,) = (folder / "arrow").glob("*.arrow")
     size = file.stat().st_size / 1e9
@@ -89,6 +80,7 @@ def rows(folder: Path) -> Iterator[dict[str, Any]]:
     except ImportError:
         print("array_record is not installed: not compared", file=sys.stderr)
         return
+    shell("gemtool shard -q packed -o records --to array_record", folder)
     (export,) = (folder / "records").glob("*.array_record")
 
     def decoded() -> int:
@@ -109,17 +101,16 @@ def rows(folder: Path) -> Iterator[dict[str, Any]]:
     yield row("8k records, verified, against ArrayRecord bytes, undecoded", size, first, fetched)
 
 
-def row(what: str, size: float, ours: Any, peer: Any) -> dict[str, Any]:
-    mine, theirs, ratio = alternate_cpu(ours, peer)
-    return {
-        "what": what,
-        "unit": "GB/CPU-s",
-        "ours": size / mine,
-        "peer": size / theirs,
-        "ratio": ratio,
-    }
+def row(what: str, size: float, ours: Callable[[], int], peer: Callable[[], int]) -> Row:
+    return compare(
+        what,
+        lambda: call(ours),
+        lambda: call(peer),
+        repeats=REPEATS,
+        unit="GB/CPU-s",
+        work=(size, size),
+    )
 
 
 if __name__ == "__main__":
-    with tempfile.TemporaryDirectory() as temporary:
-        show(rows(Path(temporary)))
+    report(rows)

@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gemtool.data import audio
 from gemtool.data.audio import SoundTrack, audio_pieces
 from gemtool.data.logmel import SAMPLE_RATE, LogMel, mel_filters
 from gemtool.data.settings import MediaSettings
@@ -337,6 +338,29 @@ def test_sound_track_aligns_to_an_origin() -> None:
         seconds += track.finish()
     assert [(s.index, s.samples) for s in seconds] == [(0, 16000), (1, 16000), (2, 8000)]
     assert np.all(seconds[0].features[:12] == -1.5)
+
+
+@pytest.mark.parametrize("rate", [32_000, 44_100, 48_000])
+def test_it_does_not_matter_how_many_frames_are_resampled_together(
+    monkeypatch: pytest.MonkeyPatch, rate: int
+) -> None:
+    data = encoded(chirp(5, rate), rate, "matroska", "mp2", "stereo")
+    together = features(data)
+    monkeypatch.setattr(audio, "_GATHERED", 1)
+    assert features(data).tobytes() == together.tobytes()
+
+
+def test_a_second_that_waits_to_be_resampled_can_be_had() -> None:
+    data = encoded(chirp(3, 44_100), 44_100, "matroska", "pcm_s16le")
+    with av.open(io.BytesIO(data)) as container:
+        stream = container.streams.audio[0]
+        track = SoundTrack(stream, 25, 3600, "x")
+        packets = [packet for packet in container.demux(stream) if packet.size]
+        # 45 packets of 1,000 samples are more than a second, 89 more than two.
+        pushed = [s.index for packet in packets[:89] for s in track.push(packet)]
+        assert (pushed, track.position) == ([0], 1)
+        assert [s.index for s in track.catch_up()] == [1]
+        assert (list(track.catch_up()), track.position) == ([], 2)
 
 
 def test_recorded_speech(real_media) -> None:

@@ -31,7 +31,16 @@ from gemtool.control import (
     USER,
     VIDEO,
 )
-from gemtool.data.documents import HELD, Document, Part, media_parts, skip_bad
+from gemtool.data import documents
+from gemtool.data.documents import (
+    HELD,
+    Document,
+    Part,
+    media_parts,
+    skip_bad,
+    spans_of_documents,
+    text_parts,
+)
 from gemtool.data.pieces import Piece
 from gemtool.data.records import looks_like_record, parse_record
 from gemtool.data.settings import MediaSettings
@@ -590,6 +599,36 @@ def test_a_long_document_ends_where_it_is_damaged() -> None:
     ]
     assert kept == [("long", 6)]
     assert reports == [False, True]
+
+
+@pytest.mark.parametrize("ahead", [1, 100, documents.AHEAD])
+@pytest.mark.parametrize("before", [0, 1, 2, 7])
+@pytest.mark.parametrize("problem", [CorruptInput("damaged"), OSError("unplugged")])
+def test_what_goes_wrong_loses_nothing_before_it(
+    monkeypatch: pytest.MonkeyPatch, vocab: Vocab, ahead: int, before: int, problem: Exception
+) -> None:
+    monkeypatch.setattr(documents, "AHEAD", ahead)
+
+    def source(fails: bool) -> Any:
+        for number in range(before):
+            yield Document(str(number), text_parts([b"one %d, " % number * 9, b"two"]))
+        yield Document("last", parts(fails))
+
+    def parts(fails: bool) -> Any:
+        yield Part("text", text=b"half of it")
+        if fails:
+            raise problem
+
+    def outline(span: Span) -> Any:
+        return span.doc, span.span, span.start, span.tokens.tolist()
+
+    whole = list(map(outline, spans_of_documents(source(False), vocab)))
+    got = []
+    with pytest.raises(type(problem)) as raised:
+        for span in spans_of_documents(source(True), vocab, threads=2):
+            got.append(outline(span))
+    assert raised.value is problem
+    assert got == whole[:-1]  # but the last document's end
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ import av
 import numpy as np
 import pytest
 
-from gemtool.data import avfile
+from gemtool.data import avfile, video
 from gemtool.data.image import unpatchify
 from gemtool.data.pieces import Piece
 from gemtool.data.settings import MediaSettings
@@ -259,6 +259,16 @@ def test_short_sound_is_not_waited_for(monkeypatch) -> None:
     assert outline(pieces) == "tva" * 2 + "tv" * 88
     # Thirty seconds, and the group of pictures in the decoder.
     assert max(waited) < 60
+
+
+def test_sound_that_waits_to_be_resampled_is_not_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = film(codec="mpeg4", seconds=40, sound=40)
+    expected = list(video_pieces(data, MediaSettings(), "x"))
+    monkeypatch.setattr(video, "_PICTURE_LEAD", 1.15)  # less than sound may wait
+    got = list(video_pieces(data, MediaSettings(), "x"))
+    assert outline(got) == outline(expected) == "tva" * 40
+    for a, b in zip(got, expected, strict=True):
+        assert a.payload is b.payload or np.array_equal(a.payload, b.payload)
 
 
 def test_badly_interleaved_file_is_refused() -> None:

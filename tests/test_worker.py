@@ -12,7 +12,7 @@ import threading
 import time
 import wave
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gemtool.data import decoders, worker
+from gemtool.data import decoders, wire, worker
 from gemtool.data.decoders import Decoders, Job
 from gemtool.data.image import image_pieces
 from gemtool.data.pieces import Piece
@@ -283,6 +283,35 @@ def test_pieces_travel_unchanged() -> None:
                 assert np.array_equal(got.payload, piece.payload)
         ours.close()
         assert Channel(theirs).receive() is None
+
+
+def test_small_messages_travel_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wire, "_TOGETHER", 1000)
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        theirs.setblocking(False)
+        sender, receiver = Channel(ours), Channel(theirs, ahead=True)
+
+        def came() -> list[tuple[Any, int]]:
+            found = []
+            with suppress(BlockingIOError):
+                while message := receiver.receive():
+                    found.append((message[0]["n"], len(message[1])))
+            return found
+
+        sender.post({"n": 0}, b"a")
+        sender.post({"n": 1}, b"bc")
+        assert came() == []
+        sender.send({"n": 2})
+        assert came() == [(0, 1), (1, 2), (2, 0)]
+        sender.post({"n": 3}, bytes(500))
+        sender.post({"n": 4}, bytes(600))  # too much to wait
+        assert came() == [(3, 500), (4, 600)]
+        sender.post({"n": 5}, bytes(5000))
+        assert came() == [(5, 5000)]
+        monkeypatch.setattr(wire, "_PATIENCE", 0)
+        sender.post({"n": 6})
+        assert came() == [(6, 0)]
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 _DRIFT = SAMPLE_RATE // 10
 """Samples by which timestamps may differ from the count of samples before they are believed."""
 
+_GATHERED = 48_000
+"""Samples resampled at a time, at most, and no more than a second: frames of a codec are small."""
+
 
 @dataclass(frozen=True, slots=True)
 class Second:
@@ -94,6 +97,7 @@ class SoundTrack:
         self._name = name
         self._setup: tuple[str, str, int] | None = None
         self._resampler: Any = None
+        self._gathered: Any = None  # frames that wait to be resampled together
         self._second = 0  # being filled
         # Sample index at which the next frame should be. Exact to a millionth after days.
         self._expected: float | None = None
@@ -108,7 +112,7 @@ class SoundTrack:
         return self._second
 
     def push(self, packet: Packet) -> Iterator[Second]:
-        """Yields the seconds that `packet` completes."""
+        """Yields the seconds that `packet` completes, or a later one: see `catch_up`."""
         for frame in self._decoder.decode(packet):
             yield from self._place(frame)
 
@@ -119,9 +123,18 @@ class SoundTrack:
         yield from self.cut()
         self._decoder.report(self._heard)
 
+    def catch_up(self) -> Iterator[Second]:
+        """Yields the seconds that packets so far complete: up to a second waits to be resampled."""
+        if self._gathered is not None and self._gathered.samples:
+            frame = self._gathered.read()
+            frame.pts = None  # placed already
+            with media_errors(self._name):
+                frames = self._resampler.resample(frame)
+            yield from self._take(frames)
+
     def cut(self) -> Iterator[Second]:
         """Yields the second being filled as far as it is; sound that follows begins a new run."""
-        yield from self._convert(None)
+        yield from self._end_run()
         samples = self._mel.pending
         features = self._mel.finish()
         if features is not None:
@@ -131,7 +144,8 @@ class SoundTrack:
 
     def _place(self, frame: Any) -> Iterator[Second]:
         """Puts a frame where its timestamp says, unless it merely jitters or jumps."""
-        if not frame.sample_rate:
+        rate = frame.sample_rate
+        if not rate:
             return
         at = self._expected
         if frame.pts is not None:
@@ -154,8 +168,15 @@ class SoundTrack:
             elif abs(gap) > _DRIFT:
                 self._shift -= gap
         assert self._expected is not None
-        self._expected += frame.samples * SAMPLE_RATE / frame.sample_rate
-        yield from self._convert(frame)
+        self._expected += frame.samples * SAMPLE_RATE / rate
+        setup = frame.format.name, frame.layout.name, rate
+        if setup != self._setup:
+            yield from self._end_run()
+            self._start_run(setup)
+        frame.pts = None  # placed already
+        self._gathered.write(frame)
+        if self._gathered.samples >= min(rate, _GATHERED):
+            yield from self.catch_up()
 
     def _begin(self, at: float) -> Iterator[Second]:
         """Continues at sample `at`, over silence if that is within the second being filled."""
@@ -163,7 +184,7 @@ class SoundTrack:
         start = round(at)
         self._drop = max(0, -start)
         second, within = divmod(max(0, start), SAMPLE_RATE)
-        yield from self._convert(None)
+        yield from self._end_run()
         if second != self._second:
             yield from self.cut()
             self._second = second
@@ -172,23 +193,23 @@ class SoundTrack:
         if missing > 0:
             yield from self._fill(np.zeros(missing, np.float32))
 
-    def _convert(self, frame: Any | None) -> Iterator[Second]:
-        """Resamples a frame, None being the end of a run, and fills seconds with it."""
-        from av import AudioResampler
+    def _start_run(self, setup: tuple[str, str, int]) -> None:
+        """Makes ready for frames of a format, layout and rate."""
+        from av import AudioFifo, AudioResampler
 
-        setup = frame and (frame.format.name, frame.layout.name, frame.sample_rate)
-        if setup != self._setup:
-            if self._resampler is not None:
-                with media_errors(self._name):
-                    rest = self._resampler.resample(None)
-                yield from self._take(rest)
-            self._setup = setup
-            self._resampler = AudioResampler("flt", "mono", SAMPLE_RATE) if frame else None
-        if frame is not None:
-            frame.pts = None  # placed already
-            with media_errors(self._name):
-                frames = self._resampler.resample(frame)
-            yield from self._take(frames)
+        self._setup = setup
+        self._resampler = AudioResampler("flt", "mono", SAMPLE_RATE)
+        self._gathered = AudioFifo()
+
+    def _end_run(self) -> Iterator[Second]:
+        """Fills seconds with all that was decoded; the next frame needs a new resampler."""
+        if self._resampler is None:
+            return
+        yield from self.catch_up()
+        with media_errors(self._name):
+            rest = self._resampler.resample(None)
+        self._setup = self._resampler = self._gathered = None
+        yield from self._take(rest)
 
     def _take(self, frames: list[Any]) -> Iterator[Second]:
         for frame in frames:

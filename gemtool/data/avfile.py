@@ -49,6 +49,9 @@ _TS_DISCONT = 0x0200
 _RIFF_SLACK = 4096
 """Bytes by which headers of whole files have been seen to be wrong."""
 
+_WAV_PACKET = "65536"
+"""Bytes of a packet of a WAV, whose own choice of 4,096 makes many of it."""
+
 _HEAD = 65536
 _REMUX = "ffmpeg -i IN.mp4 -c copy -movflags +faststart OUT.mp4"
 
@@ -183,7 +186,7 @@ def open_media(source: Source, name: str) -> Iterator[MediaFile]:
             # No shared setting is changed: libav's messages are off unless someone asks for them.
             container = av.open(
                 file,
-                container_options={"format_whitelist": _DEMUXERS},
+                container_options={"format_whitelist": _DEMUXERS, "max_size": _WAV_PACKET},
                 io_open=_refuse,
                 metadata_errors="replace",
             )

@@ -261,7 +261,7 @@ class _Worker:
                 stderr=subprocess.DEVNULL,
                 env=environment,
             )
-        self._channel = Channel(ours)
+        self._channel = Channel(ours, ahead=True)
 
     def close(self) -> None:
         self.usable = False
@@ -313,11 +313,12 @@ class _Worker:
             raise self._death() from None
 
     def _receive(self, loaded: bool) -> tuple[dict[str, Any], Any]:
-        self._channel.sock.settimeout(PATIENCE if loaded else _STARTUP)
+        limit = PATIENCE if loaded else _STARTUP
+        if self._channel.sock.gettimeout() != limit:
+            self._channel.sock.settimeout(limit)
         try:
             message = self._channel.receive()
         except TimeoutError:
-            limit = PATIENCE if loaded else _STARTUP
             raise _Hung(f"its decoder got nowhere in {limit:.0f} seconds: given up") from None
         except WireError as problem:
             raise (_Lost(str(problem)) if self._running() else self._death()) from None

@@ -214,21 +214,27 @@ def spans_of_documents(
 def _encoded(
     documents: Iterable[Document], vocab: Vocab, threads: int
 ) -> Iterator[tuple[_Batch, Iterator[np.ndarray]]]:
-    """Batches with the tokens of their texts, of which one is encoded ahead."""
+    """Batches with the tokens of their texts, of which one is encoded ahead.
+
+    What goes wrong with the documents is raised behind the batches before it.
+    """
+    batches = _batches(documents)
     ahead: deque[tuple[_Batch, Future[list[np.ndarray]]]] = deque()
     problem = None
     with ThreadPoolExecutor(1) as encoder:
-        try:
-            for batch in _batches(documents):
+        while True:
+            try:
+                batch = next(batches, None)
+            except Exception as error:
+                batch, problem = None, error
+            if batch is not None:
                 texts = [part.text for _, _, part in batch if part.text is not None]
                 ahead.append((batch, encoder.submit(vocab.encode_batch, texts, threads)))
-                if len(ahead) > 1:
-                    done, tokens = ahead.popleft()
-                    yield done, iter(tokens.result())
-        except GemtoolError as error:
-            problem = error  # of what follows the batch that is encoded already
-        for done, tokens in ahead:
-            yield done, iter(tokens.result())
+            elif not ahead:
+                break
+            if batch is None or len(ahead) > 1:
+                done, tokens = ahead.popleft()
+                yield done, iter(tokens.result())
     if problem is not None:
         raise problem
 
@@ -237,19 +243,25 @@ def _batches(documents: Iterable[Document]) -> Iterator[_Batch]:
     """Document id, whether it begins here, and part: some MiB at a time."""
     batch: _Batch = []
     size = 0
-    for document in documents:
-        first = True
-        for part in chain(document.parts, [control(EOD)]):
-            if first and document.meta is not None:
-                part.meta = {**(part.meta or {}), "document": document.meta}
-            batch.append((document.id, first, part))
-            first = False
-            size += part.nbytes
-            if size >= AHEAD or len(batch) >= AHEAD_PARTS:
-                yield batch
-                batch, size = [], 0
+    problem = None
+    try:
+        for document in documents:
+            first = True
+            for part in chain(document.parts, [control(EOD)]):
+                if first and document.meta is not None:
+                    part.meta = {**(part.meta or {}), "document": document.meta}
+                batch.append((document.id, first, part))
+                first = False
+                size += part.nbytes
+                if size >= AHEAD or len(batch) >= AHEAD_PARTS:
+                    yield batch
+                    batch, size = [], 0
+    except Exception as error:
+        problem = error
     if batch:
         yield batch
+    if problem is not None:
+        raise problem
 
 
 def _loss(kind: str, tokens: np.ndarray, weight: float | None) -> np.ndarray | None:

@@ -164,7 +164,9 @@ class _Seconds:
                 ahead = picture.shown - self._next > _PICTURE_LEAD
                 if not (ahead or len(self._samples) > _SAMPLES_WAITING):
                     break
-                self.add_sound(sound.cut())
+                self.add_sound(sound.catch_up())
+                if sound.position <= self._next:
+                    self.add_sound(sound.cut())
             elif sound is None and not self._samples and not self._titled:
                 self._next = max(self._next, int(picture.settled))  # nothing comes until then
                 break

@@ -11,6 +11,7 @@ import json
 import math
 import socket
 import struct
+import time
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,12 @@ from gemtool.data.pieces import Piece
 _LENGTHS = struct.Struct("<II")
 _LARGEST_HEADER = 1 << 20
 _LARGEST_BODY = 64 << 20
+
+_TOGETHER = 128 << 10
+"""Bytes of small messages that are sent, and received, together."""
+
+_PATIENCE = 1.0
+"""Seconds after which a message no longer waits for others."""
 
 LARGEST_READ = 1 << 20
 """Bytes that a worker may ask for at a time."""
@@ -34,23 +41,52 @@ class WireError(Exception):
 
 
 class Channel:
-    """One end of the connection."""
+    """One end of the connection.
 
-    def __init__(self, sock: socket.socket) -> None:
+    Args:
+        sock: a connected stream socket.
+        ahead: receive what has come beyond a message along with it; not for messages with files.
+    """
+
+    def __init__(self, sock: socket.socket, *, ahead: bool = False) -> None:
         self.sock = sock
+        self._waiting = bytearray()  # to be sent
+        self._sent = time.monotonic()
+        self._room = np.empty(_TOGETHER if ahead else 0, np.uint8)
+        self._came = memoryview(b"")  # part of `room`: received, not given yet
 
     def send(self, header: Header, body: Any = b"", descriptor: int | None = None) -> None:
         """Sends a message; `body` is bytes or a C-contiguous array, `descriptor` an open file."""
+        self._send(header, _bytes_of(body), descriptor)
+
+    def post(self, header: Header, body: Any = b"") -> None:
+        """The same for a message that may wait for others: small, and for a second at most.
+
+        What waits goes before the next message that is sent.
+        """
+        body = _bytes_of(body)
+        fits = len(self._waiting) + len(body) < _TOGETHER
+        if not fits or time.monotonic() - self._sent > _PATIENCE:
+            self._send(header, body)
+            return
+        self._wait(header, len(body))
+        self._waiting += body
+
+    def _wait(self, header: Header, length: int) -> None:
         encoded = json.dumps(header).encode()
-        body = memoryview(body).cast("B") if len(body) else memoryview(b"")
-        start = _LENGTHS.pack(len(encoded), len(body)) + encoded
+        self._waiting += _LENGTHS.pack(len(encoded), length) + encoded
+
+    def _send(self, header: Header, body: memoryview, descriptor: int | None = None) -> None:
+        self._wait(header, len(body))
+        start, self._waiting = self._waiting, bytearray()
         if descriptor is None:
             sent = self.sock.sendmsg([start, body])
         else:
             sent = socket.send_fds(self.sock, [start], [descriptor])
         if sent < len(start):
-            self.sock.sendall(start[sent:])
+            self.sock.sendall(memoryview(start)[sent:])
         self.sock.sendall(body[max(0, sent - len(start)) :])
+        self._sent = time.monotonic()
 
     def receive(self) -> tuple[Header, np.ndarray] | None:
         """The next message, its body uint8 [n]; None at the end of the connection.
@@ -89,13 +125,27 @@ class Channel:
         received = np.empty(size, np.uint8)
         rest = received.data
         while len(rest):
-            count = self.sock.recv_into(rest)
+            count = self._receive_into(rest)
             if not count:
                 if may_end and len(rest) == size:
                     return None
                 raise WireError("the connection ended in a message")
             rest = rest[count:]
         return received
+
+    def _receive_into(self, rest: memoryview) -> int:
+        """Bytes put at the beginning of `rest`; 0 at the end of the connection."""
+        if not self._came:
+            if len(rest) >= len(self._room):
+                return self.sock.recv_into(rest)
+            self._came = self._room.data[: self.sock.recv_into(self._room.data)]
+        count = min(len(rest), len(self._came))
+        rest[:count], self._came = self._came[:count], self._came[count:]
+        return count
+
+
+def _bytes_of(body: Any) -> memoryview:
+    return memoryview(body).cast("B") if len(body) else memoryview(b"")
 
 
 def piece_message(piece: Piece) -> tuple[Header, Any]:

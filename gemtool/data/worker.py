@@ -76,7 +76,7 @@ def serve(channel: Channel, job: dict[str, Any], descriptor: int | None) -> None
             elif descriptor is not None:
                 source = _Watched(source, channel)
             for piece in front_end(source, settings, name):
-                channel.send(*piece_message(piece))
+                channel.post(*piece_message(piece))
     except (BrokenPipeError, ConnectionError):
         raise
     except GemtoolError as problem:

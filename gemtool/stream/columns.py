@@ -12,7 +12,11 @@ import pyarrow as pa
 def large_list(arrays: Sequence[Any], dtype: Any) -> pa.Array:
     """large_list of one numpy array [n] a row; None is null."""
     parts = [np.asarray(a, dtype) for a in arrays if a is not None]
-    values = pa.array(np.concatenate(parts) if parts else np.empty(0, dtype))
+    flat = np.concatenate(parts) if parts else np.empty(0, dtype)
+    # Not pa.array, which loads numpy.ma to see that the values are not masked.
+    values = pa.Array.from_buffers(
+        pa.from_numpy_dtype(flat.dtype), len(flat), [None, pa.py_buffer(flat)]
+    )
     offsets = _offsets([0 if a is None else len(a) for a in arrays])
     return pa.Array.from_buffers(
         pa.large_list(values.type), len(arrays), [_validity(arrays), offsets], children=[values]
