@@ -225,6 +225,8 @@ class _Picture:
         self.origin: Fraction | None = None
         self.finished = False
         """Whether no more samples are to come."""
+        self.settled = Fraction(0)
+        """Seconds before which all samples are out."""
         self.end = 0.0
         """Seconds of picture, once it is finished."""
         self._decoder = Decoder(stream, name)
@@ -236,6 +238,7 @@ class _Picture:
         self._step = self._clock.step
 
         self._next = 0  # the next sample
+        self._due = 0  # the last tick at which a frame is in time for it
         self._shown: tuple[int, VideoFrame] | None = None  # the last frame and its tick
         self._end: float = 0  # tick at which the last frame ends
         self._patches: tuple[VideoFrame, np.ndarray] | None = None
@@ -251,11 +254,6 @@ class _Picture:
         self._held: list[Packet] = []
         self._held_bytes = 0
         self._cut = 0  # where in `held` the next GOP begins, once it has
-
-    @property
-    def settled(self) -> Fraction:
-        """Seconds before which all samples are out."""
-        return self._next / self.fps
 
     @property
     def shown(self) -> float:
@@ -389,9 +387,11 @@ class _Picture:
 
     def _settle(self, tick: float) -> Iterator[_Sample]:
         """Yields the samples before `tick`, which show the frame shown until then."""
-        while self._shown is not None and self._limit(self._next) < tick:
+        while self._shown is not None and self._due < tick:
             yield self._next, self._scale(self._shown[1])
             self._next += 1
+            self.settled = self._next / self.fps
+            self._due = self._limit(self._next)
 
     def _scale(self, frame: VideoFrame) -> np.ndarray:
         if self._patches is None or self._patches[0] is not frame:
