@@ -90,7 +90,7 @@ def test_a_task_is_the_command(
     (folder / "c.png").write_bytes(b"\x89PNG\r\n\x1a\n no picture")
     _, end = run_task(folder, "--keep-going")
     assert end["code"] == 1
-    assert [level for level, _ in end["messages"]] == ["warning", "error"]
+    assert [level for level, _ in end["messages"]] == ["error", "error"]
     assert run_task(folder)[1]["code"] == 3
 
 

@@ -177,7 +177,7 @@ def feed(command: list[str], block: bytes, cwd: Path) -> tuple[int, bytes, int]:
 @pytest.mark.parametrize(
     ("modality", "code", "complaint"),
     [
-        ("auto", 1, b"binary data that is no known image, audio or video"),
+        ("auto", 3, b"binary data that is no known image, audio or video"),
         ("image", 1, b"has more than 512 MiB, for an image"),
         ("audio", 3, b"no sound or video in a known format"),
         ("video", 3, b"no sound or video in a known format"),

@@ -546,7 +546,7 @@ def test_command_refusals(
     refused(1, "no context of document 'c'", *ask, "b.ctx", "--prompts", "p.jsonl")
     refused(1, "no --cache", "decode", *ckpt, "--prompts", "p.jsonl")
     (tmp_path / "p.jsonl").write_text(lines + "{")
-    refused(3, "p.jsonl: line 3, column 2: not JSON", *ask, "b.ctx", "--prompts", "p.jsonl")
+    refused(3, "p.jsonl: line 3: not JSON", *ask, "b.ctx", "--prompts", "p.jsonl")
     going_on = gemtool(*ask, "b.ctx", "--raw", "--prompt", "", "--max-tokens", 2, env=compiled)
     assert rows(going_on)[0]["usage"]["prompt"] == 0
     refused(2, "--logprobs needs", *ask, "b.ctx", "--prompt", "x", "--logprobs", 1,
