@@ -31,23 +31,14 @@ from gemtool.control import (
     USER,
     VIDEO,
 )
-from gemtool.data import documents
 from gemtool.data.documents import (
-    HELD,
-    Document,
-    Part,
     media_parts,
-    skip_bad,
-    spans_of_documents,
-    text_parts,
 )
 from gemtool.data.pieces import Piece
-from gemtool.data.records import looks_like_record, parse_record
+from gemtool.data.records import parse_record
 from gemtool.data.settings import MediaSettings
-from gemtool.data.sniff import HEAD, sniff
 from gemtool.data.text import CHUNK, text_chunks
 from gemtool.data.vocab import Vocab, train_vocab
-from gemtool.errors import CorruptInput, GemtoolError
 from gemtool.stream.spans import Span, open_spans
 from tests.conftest import Command, command_environment
 
@@ -450,58 +441,6 @@ def test_bad_lines_are_named(gemtool: Command, tmp_path: Path) -> None:
     assert list(dict.fromkeys(span.doc for span in spans)) == ["d.jsonl:1", "d.jsonl:4"]
 
 
-# What an input is
-
-
-@pytest.mark.parametrize(
-    ("head", "name", "kind"),
-    [
-        (b"BM, said the man", "-", "text"),
-        (b"P6 10 12 points", "-", "text"),
-        (b"carefree", "-", "text"),
-        (b"BZhang", "-", "text"),
-        (b"GATTACA" * 100, "-", "text"),
-        (b"P6\n# made by hand\n2 2\n255\n....", "-", "image"),
-        (b"\0\0\0\x08wide", "-", "video"),
-        ((b"G\x40\0\x10" + bytes(184)) * 3, "a.ts", "video"),
-        (b"let x: number = 1;", "a.ts", "text"),
-        (b"<html>not found</html>", "a.png", "image"),  # and soon refused
-        (b"GIF89a", "wrong.txt", "image"),
-        (b"OggS" + bytes(30) + b"\x80theora", "-", "video"),
-        (b"OggS" + bytes(30) + b"OpusHead", "-", "audio"),
-        (b"\x1aE\xdf\xa3 A_OPUS", "a.webm", "audio"),
-        (b"\x1aE\xdf\xa3 V_VP9 A_OPUS", "a.webm", "video"),
-        (b"\0\0\0\x20ftypisom", "a.mp4", "video"),
-        (b"\0\0\0\x10moov....soun", "-", "audio"),
-        (b"\0\0\0\x20moov....soun", "-", "video"),  # the list of tracks is longer than the head
-        (b"\0\1\2", "sound.mp3", "audio"),
-        (b'{"text": "a"}\n{"text"', "-", "records"),
-        (b'{"text": "a", "other": 1}\n', "-", "text"),
-        (b'{\n "text": "a"\n}\n', "-", "text"),
-        (b'{"text": 1}', "a.jsonl", "records"),
-        (b'{"id": 7, "text": "' + b"a" * HEAD, "-", "records"),
-        (b'{"name": "' + b"a" * HEAD, "-", "text"),
-        (b"", "-", "text"),
-    ],
-)
-def test_sniff(head: bytes, name: str, kind: str) -> None:
-    assert sniff(head, name) == kind
-
-
-@pytest.mark.parametrize(
-    ("head", "hint"),
-    [(b"\xfd7zXZ\0", "xzcat"), (b"%PDF-1.7", "pdftotext"), (b"a\0b", "--modality")],
-)
-def test_what_cannot_be_tokenized_is_refused(head: bytes, hint: str) -> None:
-    with pytest.raises(GemtoolError, match=hint):
-        sniff(head, "x")
-
-
-def test_a_record_may_begin_with_a_byte_order_mark() -> None:
-    assert looks_like_record(b'\xef\xbb\xbf{"text": "a"}\n')
-    assert parse_record(b'\xef\xbb\xbf{"text": "a"}\n').items[0].value == "a"
-
-
 # Many inputs
 
 
@@ -576,96 +515,6 @@ def test_missing_and_damaged_inputs(gemtool: Command, tmp_path: Path, media: Pat
     assert [(span.doc, span.kind) for span in spans] == [
         ("good.txt", k) for k in ("text", "control")
     ]
-
-
-def test_missing_media_names_the_line(gemtool: Command, tmp_path: Path) -> None:
-    write_lines(tmp_path / "d.jsonl", {"text": "a"}, {"parts": [{"image": "gone.png"}]})
-    done = gemtool("tokenize", "d.jsonl", check=False)
-    assert done.returncode == 1
-    assert b"d.jsonl: line 2: gone.png: cannot be read: no such file or directory" in done.stderr
-
-
-def test_a_long_document_ends_where_it_is_damaged() -> None:
-    def parts(count: int) -> Any:
-        for _ in range(count):
-            yield Part("image", tokens=np.array([1], np.int32), payload=np.zeros(HELD // 4, "u1"))
-        raise CorruptInput("damaged")
-
-    reports: list[bool] = []
-    documents = [Document("short", parts(2)), Document("long", parts(6))]
-    kept = [
-        (document.id, len(list(document.parts)))
-        for document in skip_bad(documents, lambda problem, kept: reports.append(kept))
-    ]
-    assert kept == [("long", 6)]
-    assert reports == [False, True]
-
-
-@pytest.mark.parametrize("ahead", [1, 100, documents.AHEAD])
-@pytest.mark.parametrize("before", [0, 1, 2, 7])
-@pytest.mark.parametrize("problem", [CorruptInput("damaged"), OSError("unplugged")])
-def test_what_goes_wrong_loses_nothing_before_it(
-    monkeypatch: pytest.MonkeyPatch, vocab: Vocab, ahead: int, before: int, problem: Exception
-) -> None:
-    monkeypatch.setattr(documents, "AHEAD", ahead)
-
-    def source(fails: bool) -> Any:
-        for number in range(before):
-            yield Document(str(number), text_parts([b"one %d, " % number * 9, b"two"]))
-        yield Document("last", parts(fails))
-
-    def parts(fails: bool) -> Any:
-        yield Part("text", text=b"half of it")
-        if fails:
-            raise problem
-
-    def outline(span: Span) -> Any:
-        return span.doc, span.span, span.start, span.tokens.tolist()
-
-    whole = list(map(outline, spans_of_documents(source(False), vocab)))
-    got = []
-    with pytest.raises(type(problem)) as raised:
-        for span in spans_of_documents(source(True), vocab, threads=2):
-            got.append(outline(span))
-    assert raised.value is problem
-    assert got == whole[:-1]  # but the last document's end
-
-
-@pytest.mark.parametrize(
-    ("arguments", "complaint"),
-    [
-        (["-", "-"], "only once"),
-        (["-", "--files-from", "-"], "only once"),
-        (["--part", "3/2"], "--part 3/2"),
-        (["--part", "1/2", "--one-document"], "choose one"),
-        (["--image-tokens", "100"], "--image-tokens is 100"),
-        (["--fps", "0"], "--fps is 0"),
-    ],
-)
-def test_usage(gemtool: Command, arguments: list[str], complaint: str) -> None:
-    done = gemtool("tokenize", *arguments, input=b"text", check=False)
-    assert done.returncode == 2
-    assert complaint in done.stderr.decode()
-    assert not done.stdout
-
-
-def test_a_closed_pipe_is_silent_and_a_full_disk_is_not(tmp_path: Path) -> None:
-    (tmp_path / "t.txt").write_bytes(b"many words\n" * 500_000)
-    tokenize = f"{sys.executable} -m gemtool tokenize t.txt"
-
-    def shell(script: str) -> subprocess.CompletedProcess[bytes]:
-        command = ["bash", "-c", script]
-        environment = command_environment()
-        return subprocess.run(
-            command, cwd=tmp_path, env=environment, capture_output=True, check=False, timeout=60
-        )
-
-    done = shell(f"{tokenize} | head -c1 >/dev/null; exit ${{PIPESTATUS[0]}}")
-    assert (done.returncode, done.stderr) == (141, b"")
-    done = shell(f"{tokenize} > /dev/full")
-    assert done.returncode == 1
-    assert len(done.stderr.splitlines()) == 1
-    assert b"no space" in done.stderr
 
 
 def test_for_adopts_a_checkpoint(gemtool: Command, tmp_path: Path, media: Path) -> None:
