@@ -26,6 +26,11 @@ from tests.conftest import Command, command_environment
 from tests.test_tokenize import write_lines
 
 
+@pytest.fixture(scope="module")
+def vocab() -> Vocab:
+    return Vocab.load()
+
+
 def test_missing_media_names_the_line(gemtool: Command, tmp_path: Path) -> None:
     write_lines(tmp_path / "d.jsonl", {"text": "a"}, {"parts": [{"image": "gone.png"}]})
     done = gemtool("tokenize", "d.jsonl", check=False)
