@@ -3,12 +3,13 @@
 The peer is a 2048 x 2048 x 2048 float32 matmul, and seconds are those of the clock. Needed
 operations only are counted: what a causal mask or a window hides is not, and a backward pass counts
 2.5 forwards (attention) or 2 (experts).
-For one core: `taskset -c 0 python bench/kernels.py`.
+Both run on one core where the system can be told so (`--all-cores` leaves it alone).
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -137,7 +138,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Speed of the kernels against matmul.")
     parser.add_argument("--impl", default="xla", choices=sorted(set(attention.IMPLEMENTATIONS)))
     parser.add_argument("--only", default="", help="run the cases whose label contains this")
+    parser.add_argument("--all-cores", action="store_true", help="do not keep to one core")
     options = parser.parse_args()
+    if not options.all_cores and hasattr(os, "sched_setaffinity"):
+        # Before jax counts them, when it makes its threads.
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     report(lambda _: rows(options.impl, options.only))
 
 
