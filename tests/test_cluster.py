@@ -19,6 +19,7 @@ import pytest
 from gemtool.cmd.tokenize import plain_options
 from gemtool.data import cluster
 from gemtool.data.cluster import groups
+from gemtool.data.documents import LEFT_OUT
 from gemtool.data.settings import MediaSettings
 from gemtool.data.sniff import Modality
 from gemtool.errors import CorruptInput, GemtoolError
@@ -91,6 +92,7 @@ def test_a_task_is_the_command(
     _, end = run_task(folder, "--keep-going")
     assert end["code"] == 1
     assert [level for level, _ in end["messages"]] == ["error", "error"]
+    assert LEFT_OUT.match(end["messages"][-1][1])
     assert run_task(folder)[1]["code"] == 3
 
 

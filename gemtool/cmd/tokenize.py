@@ -132,7 +132,7 @@ def tokenize(
     JSONL file holds a document a line: {"text": ...}, {"parts": [{"text": ...}, {"image": PATH},
     {"audio": PATH}, {"video": PATH}]} or {"messages": [{"role": "user", "content": ...}]}.
     """
-    from gemtool.data.documents import as_one, skip_bad, spans_of_documents
+    from gemtool.data.documents import as_one, left_out, skip_bad, spans_of_documents
     from gemtool.data.inputs import list_inputs, read_documents, read_list
     from gemtool.data.vocab import Vocab
     from gemtool.stream.files import is_stdin, open_input, open_output
@@ -210,8 +210,7 @@ def tokenize(
         if engine == Engine.ray:
             problems = cluster.problems
     if problems:
-        what = "an input or document" if problems == 1 else f"{problems:,} inputs or documents"
-        raise GemtoolError(f"{what} could not be read (see above)")
+        raise GemtoolError(left_out(problems))
 
 
 def settings_for(

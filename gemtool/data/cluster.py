@@ -11,7 +11,6 @@ import contextlib
 import json
 import logging
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from gemtool import __version__, log
+from gemtool.data.documents import LEFT_OUT
 from gemtool.errors import CorruptInput, GemtoolError, UsageError
 from gemtool.signals import STOPPING
 from gemtool.stream.checked import Source
@@ -40,7 +40,6 @@ _GROUP_BYTES = 64 << 20
 """Inputs of a task, at most, if they are several: starting one costs as much as some pictures."""
 
 _RETRIES = 3
-_LEFT_OUT = re.compile(r"(\d+) inputs or documents could not be read")
 _ERRORS = {2: UsageError, 3: CorruptInput}
 
 # `-P`, not `-m`: no module is looked for in the current folder, which is anyone's.
@@ -205,17 +204,16 @@ class Cluster:
     def _finish(self, output: _Output) -> None:
         """Passes on what a task said, and how it ended."""
         code = output.drain()
-        message = f"a task ended with status {code}"
-        for level, text in output.messages:
-            if level == "error":
-                message = text
-            else:
-                log.warning(text)
+        messages, outcome = list(output.messages), f"a task ended with status {code}"
+        if code and messages and messages[-1][0] == "error":
+            outcome = messages.pop()[1]
+        for level, text in messages:
+            (log.error if level == "error" else log.warning)(text)
         if code:
-            if left_out := _LEFT_OUT.match(message):
-                self.problems += int(left_out[1])
+            if found := LEFT_OUT.match(outcome):
+                self.problems += int(found[1])
             else:
-                raise _ERRORS.get(code, GemtoolError)(message)
+                raise _ERRORS.get(code, GemtoolError)(outcome)
 
 
 def groups(files: Iterable[str]) -> Iterator[list[str]]:

@@ -6,6 +6,7 @@ produced and consumed one after the other, so an hour of video never lies in mem
 
 from __future__ import annotations
 
+import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -147,6 +148,15 @@ def as_one(documents: Iterable[Document]) -> Iterator[Document]:
     for first in remaining:
         rest = chain.from_iterable(document.parts for document in remaining)
         yield replace(first, parts=chain(first.parts, rest))
+
+
+def left_out(count: int) -> str:
+    """How a run ends that went on without so many inputs or documents; LEFT_OUT reads it."""
+    what = "input or document" if count == 1 else "inputs or documents"
+    return f"{count} {what} could not be read (see above)"
+
+
+LEFT_OUT = re.compile(r"(\d+) inputs? or documents? could not be read")
 
 
 def skip_bad(
