@@ -142,6 +142,26 @@ def test_what_each_device_adds_is_added_once() -> None:
     require_equal(BIASED, text, params, batch, run(BIASED, params, batch))
 
 
+def test_rows_that_do_not_divide_count_once() -> None:
+    """As positions do not where evaluation shards have another length than the mesh was made for."""
+    rng = np.random.default_rng(2)
+    table = rng.standard_normal((96, 32)).astype(np.float32)
+    hidden = rng.standard_normal((3, 10, 32)).astype(np.float32)
+    targets = jax.numpy.asarray(rng.integers(0, 96, (3, 10)).astype(np.int32))
+    weights = jax.numpy.asarray(rng.random((3, 10)).astype(np.float32))
+
+    def loss(table: Any, hidden: Any) -> Any:
+        params = {"embedding": table}
+        return next_token_loss(params, CONFIG, hidden, targets, weights, chunk=8)
+
+    expected = jax.value_and_grad(loss, (0, 1))(table, hidden)
+    with jax.set_mesh(make_mesh(parse_mesh("data=2,context=4"))):
+        found = jax.jit(jax.value_and_grad(loss, (0, 1)))(table, hidden)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), found, expected
+    )
+
+
 def require_equal(config: ModelConfig, text: str, params: Any, batch: Batch, expected: Any) -> None:
     outputs, gradients = expected
     mesh = make_mesh(parse_mesh(text))

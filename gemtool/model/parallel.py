@@ -17,6 +17,7 @@ device they are that device's share.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -378,8 +379,9 @@ def sum_over_positions(
     rows = partition(("vocab", None), table.shape, mesh)
     axis = None if rows[0] is None or mesh.shape["tensor"] == 1 else "tensor"
     specs = [partition(("batch", "length"), array.shape[:2], mesh) for array in arrays]
-    # Where the table is whole, the devices of the tensor axis all compute the same.
-    copies = mesh.shape["tensor"] if axis is None else 1
+    # Devices along an axis that cuts neither the table nor the positions all compute the same.
+    cuts = {axis, *jax.tree.leaves(tuple(specs[0]))}
+    copies = math.prod(size for name, size in mesh.shape.items() if name not in cuts)
     shares = jax.shard_map(
         lambda *local: function(*local, axis)[None] / copies,
         in_specs=(rows, *specs),
