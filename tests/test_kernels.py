@@ -474,6 +474,24 @@ def test_dispatch_tries_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
         dispatch.dispatch("thing", {"xla": unsupported}, None)
 
 
+def test_programs_for_another_platform_take_its_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(dispatch.ENVIRONMENT, raising=False)
+    table = {"xla": lambda: 1, "gpu": lambda: 2, "pallas_tpu": lambda: 3}
+
+    @jax.jit
+    def chosen() -> Any:
+        return dispatch.dispatch("thing", table, None)
+
+    assert int(chosen()) == 1
+    for platform, number in {"gpu": 2, "tpu": 3, "cpu": 1}.items():
+        with dispatch.compiling_for(platform):
+            assert dispatch.target_platform() == platform
+            assert int(chosen()) == number  # traced anew, though jit knows the function
+    with pytest.raises(ValueError, match="no platform 'cuda'"), dispatch.compiling_for("cuda"):
+        pass
+    assert int(chosen()) == 1
+
+
 def test_dispatch_obeys_names(monkeypatch: pytest.MonkeyPatch) -> None:
     table = {"reference": lambda: "slow", "xla": lambda: "fast"}
     monkeypatch.setenv(dispatch.ENVIRONMENT, "reference")

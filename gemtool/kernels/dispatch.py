@@ -1,14 +1,16 @@
 """Choose the implementation of a kernel.
 
 The choice is made while tracing. An explicit name (the argument `impl`, else the environment
-variable `GEMTOOL_KERNELS`) is obeyed or fails; otherwise the implementations of this platform are
-tried in order, and one that raises `NotImplementedError` passes the call to the next.
+variable `GEMTOOL_KERNELS`) is obeyed or fails; otherwise the implementations of the platform that
+the program is for are tried in order, and one that raises `NotImplementedError` passes the call to
+the next.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import jax
@@ -18,12 +20,30 @@ from gemtool.errors import UsageError
 
 ENVIRONMENT = "GEMTOOL_KERNELS"
 
-# Platform (`jax.default_backend()`) -> names to try, best first. An operation may lack some.
+# Platform -> names to try, best first. An operation may lack some.
 PREFERENCE: dict[str, tuple[str, ...]] = {
     "cpu": ("xla", "reference"),
-    "gpu": ("xla", "reference"),
-    "tpu": ("xla", "reference"),
+    "gpu": ("gpu", "xla", "reference"),
+    "tpu": ("pallas_tpu", "xla", "reference"),
 }
+
+# Part of the key of jit's caches: a function traced for one platform is traced anew for another.
+_target = jax.make_user_context(default_value=None)
+
+
+@contextmanager
+def compiling_for(platform: str) -> Iterator[None]:
+    """Within it, kernels are those of "cpu", "gpu" or "tpu", whatever this process runs on: for
+    programs that are compiled here to run elsewhere."""
+    if platform not in PREFERENCE:
+        raise ValueError(f"no platform {platform!r}; expected one of {', '.join(PREFERENCE)}")
+    with _target(platform):
+        yield
+
+
+def target_platform() -> str:
+    """What the program that is being traced is for: "cpu", "gpu" or "tpu"."""
+    return _target.value or jax.default_backend()
 
 
 def dispatch(
@@ -54,7 +74,7 @@ def dispatch(
             )
         return implementations[wanted](*args, **kwargs)
     reasons = []
-    platform = jax.default_backend()
+    platform = target_platform()
     for name in PREFERENCE.get(platform, ("xla", "reference")):
         if name in implementations:
             try:
