@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from typing import Annotated
 
 import typer
 
 from gemtool.cmd.options import Force, Seed, common
+
+
+class Precision(StrEnum):
+    """What activations and multiplied weights are."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
 
 
 def presets() -> list[str]:
@@ -70,6 +78,30 @@ def train(
             "--mesh",
             metavar="AXIS=N,...",
             help="Spread the run over devices along data, fsdp, expert, context and tensor.",
+        ),
+    ] = None,
+    dtype: Annotated[
+        Precision | None,
+        typer.Option(
+            "--dtype",
+            help="Of activations and multiplied weights: float32 or bfloat16; by default float32 on "
+            "a CPU. Parameters, moments, routers and the loss are float32 in any case.",
+        ),
+    ] = None,
+    remat: Annotated[
+        bool | None,
+        typer.Option(
+            "--remat/--no-remat",
+            help="Compute each layer again in the backward pass instead of keeping its inside: less "
+            "memory, a third more work. By default not on a CPU.",
+        ),
+    ] = None,
+    scan: Annotated[
+        bool | None,
+        typer.Option(
+            "--scan/--no-scan",
+            help="Run equal layers as a loop, which compiles faster. By default not on a CPU, where "
+            "it is slower.",
         ),
     ] = None,
     lr: Annotated[
@@ -139,6 +171,9 @@ def train(
         batch=batch,
         accumulate=accumulate,
         mesh=mesh,
+        dtype=None if dtype is None else dtype.value,
+        remat=remat,
+        scan=scan,
         lr=lr,
         warmup=warmup,
         eval=eval,

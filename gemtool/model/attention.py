@@ -130,7 +130,7 @@ def _extend_full(
     Rows beyond `valid` are written too (a fixed shape costs nothing) and overwritten by the next
     step; causality hides them until then.
     """
-    rows = jnp.concatenate([cache.tail, x], axis=1)
+    rows = jnp.concatenate([cache.tail.astype(x.dtype), x], axis=1)
     q, k, v = _project(p, config, kind, rows)
     positions = (length + jnp.arange(x.shape[1], dtype=jnp.int32))[None, :]
     q, k = _sharpened(kind, _rotated(kind, q, positions), positions), _rotated(kind, k, positions)
@@ -139,7 +139,7 @@ def _extend_full(
     cache = LayerCache(
         k=jax.lax.dynamic_update_slice_in_dim(cache.k, k, length, axis=1),
         v=jax.lax.dynamic_update_slice_in_dim(cache.v, v, length, axis=1),
-        tail=jax.lax.dynamic_slice_in_dim(rows, valid, kind.conv_tail, axis=1),
+        tail=_tail(kind, rows, valid).astype(cache.tail.dtype),
     )
     attended = {"q_start": length, "kv_length": length + x.shape[1]}
     return q, cache.k, cache.v, attended, cache
@@ -157,14 +157,14 @@ def _extend_bounded(
     """Keys and values of the last `window` positions followed by the new ones, rotated relative to
     the step."""
     steps, window = x.shape[1], kind.window
-    rows = jnp.concatenate([cache.tail, x], axis=1)
+    rows = jnp.concatenate([cache.tail.astype(x.dtype), x], axis=1)
     q, k, v = _project(p, config, kind, rows)
     k = jnp.concatenate([cache.k, k.astype(cache.k.dtype)], axis=1)
     v = jnp.concatenate([cache.v, v.astype(cache.v.dtype)], axis=1)
     cache = LayerCache(
         k=jax.lax.dynamic_slice_in_dim(k, valid, window, axis=1),
         v=jax.lax.dynamic_slice_in_dim(v, valid, window, axis=1),
-        tail=jax.lax.dynamic_slice_in_dim(rows, valid, kind.conv_tail, axis=1),
+        tail=_tail(kind, rows, valid).astype(cache.tail.dtype),
     )
     k, v = k.astype(q.dtype), v.astype(q.dtype)
     relative = jnp.arange(window + steps, dtype=jnp.int32)[None, :]
@@ -184,6 +184,11 @@ def _extend_bounded(
         "kv_segments": segments,
     }
     return q, k, v, attended, cache
+
+
+def _tail(kind: LayerKind, rows: jax.Array, valid: jax.Array) -> jax.Array:
+    """The last `conv_tail` real rows of [B, conv_tail + T, D]."""
+    return jax.lax.dynamic_slice_in_dim(rows, valid, kind.conv_tail, axis=1)
 
 
 def _attend(
@@ -230,7 +235,7 @@ def _project(
         q, k, v = (x + p[f"{n}_bias"][None, None] for n, x in zip("qkv", (q, k, v), strict=True))
     if kind.qk_norm == "unit":
         q, k = unit_norm(q), unit_norm(k)
-        q = jnp.einsum("bthk,h->bthk", q, jnp.exp(p["log_temperature"]))
+        q = jnp.einsum("bthk,h->bthk", q, jnp.exp(p["log_temperature"]).astype(q.dtype))
     elif kind.qk_norm == "rms":
         q, k = norm(config, q, p["q_norm"]), norm(config, k, p["k_norm"])
     elif kind.qk_norm == "rms_joint":
@@ -259,7 +264,8 @@ def _sharpened(kind: LayerKind, q: jax.Array, positions: jax.Array) -> jax.Array
     if not kind.length_scale:
         return q
     steps = ((positions + 1) // kind.length_floor).astype(jnp.float32)
-    return q * (1 + kind.length_scale * jnp.log1p(steps))[:, :, None, None]
+    factor = 1 + kind.length_scale * jnp.log1p(steps)
+    return q * factor.astype(q.dtype)[:, :, None, None]
 
 
 def _convolve(taps: jax.Array, rows: jax.Array, segments: jax.Array | None) -> jax.Array:

@@ -17,7 +17,7 @@ from gemtool.model.params import Tree
 
 def encode(p: Tree, encoder: EncoderConfig, values: jax.Array, eps: float) -> jax.Array:
     """Raw features [N, P, F], uint8 or float -> float32 [N, P, D]; P at most `encoder.tokens`."""
-    x = _normalise(values.astype(jnp.float32), encoder.normalise)
+    x = _normalise(values.astype(jnp.float32), encoder.normalise).astype(p["in"].dtype)
     x = jnp.einsum("npf,fh->nph", x, p["in"]) + p["in_bias"][None, None, :]
     x = jnp.einsum("nph,hd->npd", jax.nn.gelu(x), p["out"])
     x = x + _positions(p, encoder)[None, : values.shape[1]]

@@ -7,19 +7,23 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from gemtool.kernels.dispatch import accumulator
 from gemtool.kernels.glu import Glu
 from gemtool.model.config import ModelConfig
 from gemtool.model.params import Tree
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
-    """RMSNorm (arXiv 1910.07467) over the last axis: [..., D] and a scale [D] -> [..., D]."""
-    return jnp.einsum("...d,d->...d", plain_rms_norm(x, eps), scale)
+    """RMSNorm (arXiv 1910.07467) over the last axis: [..., D] and a scale [D] -> [..., D] like x."""
+    wide = x.astype(accumulator(x.dtype))
+    return jnp.einsum("...d,d->...d", plain_rms_norm(wide, eps), scale).astype(x.dtype)
 
 
 def plain_rms_norm(x: jax.Array, eps: float) -> jax.Array:
-    """RMSNorm without a scale, [..., D] -> [..., D]."""
-    return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps)
+    """RMSNorm without a scale, [..., D] -> [..., D] like x."""
+    wide = x.astype(accumulator(x.dtype))
+    scale = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
+    return (wide * scale).astype(x.dtype)
 
 
 def norm(config: ModelConfig, x: jax.Array, scale: jax.Array) -> jax.Array:
@@ -29,7 +33,9 @@ def norm(config: ModelConfig, x: jax.Array, scale: jax.Array) -> jax.Array:
 
 def unit_norm(x: jax.Array) -> jax.Array:
     """Vectors of length one along the last axis; a zero vector stays zero, with finite gradient."""
-    return x * jax.lax.rsqrt(jnp.sum(jnp.square(x), axis=-1, keepdims=True) + 1e-6)
+    wide = x.astype(accumulator(x.dtype))
+    scale = jax.lax.rsqrt(jnp.sum(jnp.square(wide), axis=-1, keepdims=True) + 1e-6)
+    return (wide * scale).astype(x.dtype)
 
 
 def soft_cap(x: jax.Array, cap: float) -> jax.Array:

@@ -25,7 +25,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from gemtool.errors import UsageError, did_you_mean
 from gemtool.model.config import ModelConfig
-from gemtool.model.params import Tree, flatten, param_specs, unflatten
+from gemtool.model.params import ParamSpec, Tree, map_specs
 
 AXES = ("data", "fsdp", "expert", "context", "tensor")
 
@@ -40,6 +40,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "expert": ("expert",),
     "expert_mlp": ("tensor",),
     "head_dim": (),
+    "layers": (),
     "taps": (),
     "features": (),
 }
@@ -111,15 +112,13 @@ def partition(axes: Sequence[str | None], shape: Sequence[int], mesh: Any) -> Pa
     return PartitionSpec(*parts)
 
 
-def param_shardings(config: ModelConfig, mesh: Mesh) -> Tree:
+def param_shardings(config: ModelConfig, mesh: Mesh, stacked: bool = False) -> Tree:
     """`NamedSharding` of every parameter, in the structure of the parameters."""
-    specs = flatten(param_specs(config))
-    return unflatten(
-        {
-            path: NamedSharding(mesh, partition(spec.axes, spec.shape, mesh))
-            for path, spec in specs.items()
-        }
-    )
+
+    def build(_: str, spec: ParamSpec) -> NamedSharding:
+        return NamedSharding(mesh, partition(spec.axes, spec.shape, mesh))
+
+    return map_specs(config, build, stacked)
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:

@@ -99,18 +99,26 @@ def router_loss(moe: MoEConfig, stats: Stats) -> jax.Array:
     return loss
 
 
-def update_biases(params: Tree, config: ModelConfig, load: dict[str, jax.Array]) -> Tree:
+def update_biases(params: Tree, config: ModelConfig, load: Tree) -> Tree:
     """Parameters with each balance bias moved by `bias_rate` towards the less chosen experts.
 
-    `load` maps a layer ("1") to float32 [E], as in `aux["load"]` of the forward pass (averaged
-    over whatever made up the batch). Without balance by bias, the parameters as they are.
+    `load` is `aux["load"]` of the forward pass (averaged over whatever made up the batch): float32
+    [..., E] a layer, in the structure of the layers. Without balance by bias, the parameters as they
+    are.
     """
     moe = config.moe
     if moe is None or moe.balance != "bias":
         return params
-    layers = dict(params["layers"])
-    for index, share in load.items():
-        experts = dict(layers[index]["moe"])
-        experts["bias"] = experts["bias"] + moe.bias_rate * jnp.sign(1.0 / moe.experts - share)
-        layers[index] = {**layers[index], "moe": experts}
-    return {**params, "layers": layers}
+
+    def moved(layers: Tree, load: Tree) -> Tree:
+        layers = dict(layers)
+        for name, share in load.items():
+            if isinstance(share, dict):
+                layers[name] = moved(layers[name], share)
+                continue
+            experts = dict(layers[name]["moe"])
+            experts["bias"] = experts["bias"] + moe.bias_rate * jnp.sign(1.0 / moe.experts - share)
+            layers[name] = {**layers[name], "moe": experts}
+        return layers
+
+    return {**params, "layers": moved(params["layers"], load)}

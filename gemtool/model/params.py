@@ -1,7 +1,7 @@
 """The parameters of a model: one table gives shapes, dtypes, logical axes and initial values.
 
 `param_specs` is the only place that says what a model's weights are. Initialisation, abstract
-shapes, counts, the golden text of the tests and (later) shardings are all read off it. A tree is a
+shapes, counts, shardings and the golden text of the tests are all read off it. A tree is a
 nested dict; a leaf's path reads `layers/0/attention/q`.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -18,8 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemtool.model.config import EncoderConfig, LayerKind, ModelConfig
-
-Tree = dict[str, Any]
+from gemtool.model.stacking import Tree, stack_layers
 
 
 @dataclass(frozen=True)
@@ -48,8 +47,11 @@ class ParamSpec:
         return math.prod(self.shape)
 
 
-def param_specs(config: ModelConfig) -> Tree:
-    """The nested table of `ParamSpec`, in the structure of the parameters."""
+def param_specs(config: ModelConfig, stacked: bool = False) -> Tree:
+    """The nested table of `ParamSpec`, in the structure of the parameters, `stacked` or not (see
+    stacking.py)."""
+    if stacked:
+        return stack_layers(config, param_specs(config), _stacked)
     d = config.d_model
     tree: Tree = {
         "embedding": ParamSpec((config.vocab_size, d), ("vocab", "embed"), scale=d**-0.5),
@@ -72,6 +74,11 @@ def param_specs(config: ModelConfig) -> Tree:
     if config.encoders:
         tree["encoders"] = {e.kind: _encoder(config, e) for e in config.encoders}
     return tree
+
+
+def _stacked(*same: ParamSpec) -> ParamSpec:
+    first = same[0]
+    return replace(first, shape=(len(same), *first.shape), axes=("layers", *first.axes))
 
 
 def _norm(config: ModelConfig, width: int, axis: str = "embed") -> ParamSpec:
@@ -217,14 +224,21 @@ def unflatten(flat: dict[str, Any]) -> Tree:
     return tree
 
 
-def _map_specs(config: ModelConfig, build: Callable[[str, ParamSpec], Any]) -> Tree:
-    specs = flatten(param_specs(config))
+def map_specs(
+    config: ModelConfig, build: Callable[[str, ParamSpec], Any], stacked: bool = False
+) -> Tree:
+    """`build(path, spec)` of every parameter, in the structure of the parameters."""
+    specs = flatten(param_specs(config, stacked))
     return unflatten({path: build(path, spec) for path, spec in specs.items()})
 
 
-def abstract_params(config: ModelConfig) -> Tree:
+def abstract_params(config: ModelConfig, stacked: bool = False) -> Tree:
     """Shapes and dtypes (`jax.ShapeDtypeStruct`) of the parameters; nothing is allocated."""
-    return _map_specs(config, lambda _, s: jax.ShapeDtypeStruct(s.shape, jnp.dtype(s.dtype)))
+
+    def build(_: str, spec: ParamSpec) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(spec.shape, jnp.dtype(spec.dtype))
+
+    return map_specs(config, build, stacked)
 
 
 def init_params(config: ModelConfig, key: jax.Array) -> Tree:
@@ -254,7 +268,7 @@ def init_params(config: ModelConfig, key: jax.Array) -> Tree:
                 value = own.standard_normal(spec.shape, np.float32) * np.float32(spec.scale)
         return value.astype(spec.dtype)
 
-    return _map_specs(config, lambda path, spec: jnp.asarray(build(path, spec)))
+    return map_specs(config, lambda path, spec: jnp.asarray(build(path, spec)))
 
 
 def count_params(config: ModelConfig) -> tuple[int, int]:
@@ -287,6 +301,22 @@ def describe(config: ModelConfig) -> str:
     ]
     total, active = count_params(config)
     return "\n".join([*lines, f"total {total:,}  active per token {active:,}", ""])
+
+
+_ALWAYS_FLOAT32 = ("router", "router_bias", "bias", "sink", "log_temperature")
+
+
+def in_dtype(params: Tree, dtype: Any) -> Tree:
+    """Parameters, or those of a layer, as they are multiplied where activations have this dtype.
+
+    Routers, norms, sinks and temperatures stay float32: they are small, and they decide.
+    """
+
+    def cast(path: str, leaf: Any) -> Any:
+        name = path.rpartition("/")[2]
+        return leaf if name in _ALWAYS_FLOAT32 or name.endswith("norm") else leaf.astype(dtype)
+
+    return unflatten({path: cast(path, leaf) for path, leaf in flatten(params).items()})
 
 
 def is_balance_bias(path: str) -> bool:

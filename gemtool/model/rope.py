@@ -26,8 +26,9 @@ def rotary(
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     if amplitude != 1:
         cos, sin = cos * amplitude, sin * amplitude
-    x1, x2 = x[..., :half], x[..., half:]
-    return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1)
+    x1, x2 = (part.astype(jnp.float32) for part in (x[..., :half], x[..., half:]))
+    rotated = jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1)
+    return rotated.astype(x.dtype)
 
 
 def frequencies(

@@ -5,7 +5,8 @@
 A parallel layer is x + attention(norm(x)) + mlp(norm(x)), with one norm. `_layer` is all that a layer
 does but attend, which its caller passes: over whole sequences or with a cache.
 
-`forward` runs whole packed sequences (training, likelihoods). `step` runs T new positions
+`forward` runs whole packed sequences (training, likelihoods), layer by layer or equal layers by a
+scan (see execution.py). `step` runs T new positions
 after a cache; prefill (T = chunk) and decode (T = 1) are that same function, and any way to cut a
 sequence into steps gives what `forward` gives. The mathematics of attention is in attention.py.
 
@@ -14,23 +15,26 @@ Axes: B sequences, T positions, D model, V vocabulary, N media groups of P soft 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from gemtool.kernels.dispatch import accumulator
 from gemtool.model import attention, encoders
 from gemtool.model.attention import LayerCache
 from gemtool.model.batch import Batch, MediaGroups
 from gemtool.model.cache import Cache, full_layers
 from gemtool.model.config import LayerKind, ModelConfig
+from gemtool.model.execution import FLOAT32, Execution
 from gemtool.model.layers import gated_mlp, glu_of, norm, soft_cap
 from gemtool.model.mesh import constrain
 from gemtool.model.moe import Stats, moe_mlp, router_loss
 from gemtool.model.parallel import embedding_rows
-from gemtool.model.params import Tree
+from gemtool.model.params import Tree, in_dtype
+from gemtool.model.stacking import STACK, repeats
 
 
 def embed(
@@ -39,15 +43,17 @@ def embed(
     tokens: jax.Array,
     media: dict[str, MediaGroups] | None = None,
 ) -> jax.Array:
-    """Tokens int32 [B, T], and media in the place of their soft positions -> float32 [B, T, D]."""
-    x = embedding_rows(params["embedding"], tokens) * jnp.float32(config.embedding_scale)
+    """Tokens int32 [B, T], and media in the place of their soft positions -> [B, T, D] in the dtype
+    of the embedding."""
+    x = embedding_rows(params["embedding"], tokens)
+    x = x * jnp.asarray(config.embedding_scale, x.dtype)
     flat = x.reshape(-1, config.d_model)
     for kind, groups in (media or {}).items():
         soft = encode_media(params, config, kind, groups.values)
         row = jnp.arange(soft.shape[1], dtype=jnp.int32)[None, :]
         # Rows that do not exist get an index past the end, which the scatter drops.
         where = jnp.where(row < groups.rows[:, None], groups.at[:, None] + row, flat.shape[0])
-        flat = flat.at[where].set(soft, mode="drop")
+        flat = flat.at[where].set(soft.astype(x.dtype), mode="drop")
     return flat.reshape(x.shape)
 
 
@@ -58,22 +64,58 @@ def encode_media(params: Tree, config: ModelConfig, kind: str, values: jax.Array
         return encoders.encode(params["encoders"][kind], encoder, values, config.norm_eps)
 
 
-def forward(params: Tree, config: ModelConfig, batch: Batch) -> tuple[jax.Array, dict[str, Any]]:
-    """Hidden states of whole packed sequences, float32 [B, T, D], after the last norm.
+def forward(
+    params: Tree, config: ModelConfig, batch: Batch, execution: Execution = FLOAT32
+) -> tuple[jax.Array, dict[str, Any]]:
+    """Hidden states of whole packed sequences, [B, T, D] in `execution.dtype`, after the last norm.
 
-    Also a dict of what the routers did: "load" {layer: float32 [E]}, "z_loss" and "balance_loss" (means
-    over layers), and "loss" float32 [], what routers add to the training loss.
+    `params` may be stacked. Also a dict of what the routers did: "load", float32 [E] a layer in the
+    structure of `params["layers"]`; "z_loss" and "balance_loss" (means over layers), and "loss"
+    float32 [], what routers add to the training loss.
     """
-    x = constrain(embed(params, config, batch.tokens, batch.media), "batch", "length", None)
+    ends = in_dtype({k: v for k, v in params.items() if k != "layers"}, execution.dtype)
     present = batch.segments > 0
-    stats: dict[str, Stats] = {}
-    for index, kind in enumerate(config.layer_kinds):
+
+    def layer(index: int, x: jax.Array, p: Tree) -> tuple[jax.Array, Stats]:
+        kind = config.layer_kinds[index]
         attend = partial(_packed, config, kind, batch.positions, batch.segments)
-        x, _, routed = _layer(params, config, index, x, present, attend)
-        x = constrain(x, "batch", "length", None)
-        if routed:
-            stats[str(index)] = routed
-    return norm(config, x, params["norm"]), _router_summary(config, stats)
+        x, _, stats = _layer(p, config, index, x, present, attend)
+        return constrain(x, "batch", "length", None), stats
+
+    if execution.remat:
+        layer = jax.checkpoint(layer, static_argnums=0)
+    x = constrain(embed(ends, config, batch.tokens, batch.media), "batch", "length", None)
+    x, stats = _run_layers(config, params["layers"], layer, x)
+    return norm(config, x, ends["norm"]), _router_summary(config, stats)
+
+
+def _run_layers(
+    config: ModelConfig,
+    layers: Tree,
+    layer: Callable[[int, jax.Array, Tree], tuple[jax.Array, Stats]],
+    x: jax.Array,
+) -> tuple[jax.Array, Tree]:
+    """`layer(index, x, parameters)` one after the other; what each returned beside x, in the structure
+    of `layers`."""
+    found = repeats(config) if STACK in layers else None
+    stats: Tree = {}
+
+    def turn(x: jax.Array, same: Tree) -> tuple[jax.Array, Tree]:
+        assert found is not None
+        gathered = {}
+        for j in range(found.period):
+            x, gathered[str(j)] = layer(found.first + j, x, same[str(j)])
+        return x, gathered
+
+    index = 0
+    while index < len(config.layers):
+        if found is not None and index == found.first:
+            x, stats[STACK] = jax.lax.scan(turn, x, layers[STACK])
+            index = found.stop
+        else:
+            x, stats[str(index)] = layer(index, x, layers[str(index)])
+            index += 1
+    return x, stats
 
 
 def step(
@@ -89,7 +131,7 @@ def step(
     layers = []
     for index in range(len(config.layers)):
         attend = partial(_cached, config, index, cache, valid)
-        x, layer, _ = _layer(params, config, index, x, present, attend)
+        x, layer, _ = _layer(params["layers"][str(index)], config, index, x, present, attend)
         layers.append(layer)
     return norm(config, x, params["norm"]), Cache(cache.length + valid, tuple(layers))
 
@@ -108,7 +150,8 @@ def step_kv(
     last = full_layers(config)[-1] if full_layers(config) else -1
     for index in range(last):
         attend = partial(_cached, config, index, cache, valid)
-        x, layers[index], _ = _layer(params, config, index, x, present, attend)
+        p = params["layers"][str(index)]
+        x, layers[index], _ = _layer(p, config, index, x, present, attend)
     if last >= 0:
         p, kind = params["layers"][str(last)], config.layer_kinds[last]
         with jax.named_scope(f"layer_{last}"):
@@ -129,8 +172,9 @@ def tail_reach(config: ModelConfig) -> int:
 
 def logits(params: Tree, config: ModelConfig, hidden: jax.Array) -> jax.Array:
     """Scores of every next token: hidden [..., D] from forward or step -> float32 [..., V]."""
-    table = params["embedding" if config.tie_embeddings else "unembedding"]
-    scores = jnp.einsum("...d,vd->...v", hidden, table)
+    table = params["embedding" if config.tie_embeddings else "unembedding"].astype(hidden.dtype)
+    wide = accumulator(hidden.dtype)
+    scores = jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=wide)
     return soft_cap(scores, config.logit_soft_cap) if config.logit_soft_cap else scores
 
 
@@ -157,13 +201,14 @@ def _cached(
 
 
 def _layer(
-    params: Tree, config: ModelConfig, index: int, x: jax.Array, present: jax.Array, attend: Attend
+    p: Tree, config: ModelConfig, index: int, x: jax.Array, present: jax.Array, attend: Attend
 ) -> tuple[jax.Array, Any, Stats]:
-    """One layer over rows x [B, T, D], those real where `present` bool [B, T] says so.
+    """One layer, of parameters `p`, over rows x [B, T, D], those real where `present` bool [B, T]
+    says so.
 
     Returns the new rows, what `attend` returned as the new cache, and statistics of the router.
     """
-    p = params["layers"][str(index)]
+    p = in_dtype(p, x.dtype)
     with jax.named_scope(f"layer_{index}"):
         h = norm(config, x, p["attention_norm"])
         y, cache = attend(p["attention"], h)
@@ -197,13 +242,29 @@ def _real_rows(x: jax.Array, valid: jax.Array) -> jax.Array:
     )
 
 
-def _router_summary(config: ModelConfig, stats: dict[str, Stats]) -> dict[str, Any]:
+def _router_summary(config: ModelConfig, stats: Tree) -> dict[str, Any]:
+    """What the routers of all layers did; `stats` in the structure of the layers, some stacked."""
     zero = jnp.zeros((), jnp.float32)
-    if config.moe is None or not stats:
+
+    def of_layers(tree: Tree) -> Iterator[Stats]:
+        for value in tree.values():
+            if "load" in value:
+                yield value
+            else:
+                yield from of_layers(value)
+
+    def load(tree: Tree) -> Tree:
+        routed = {i: s["load"] if "load" in s else load(s) for i, s in tree.items()}
+        return {i: value for i, value in routed.items() if not isinstance(value, dict) or value}
+
+    found = list(of_layers(stats))
+    if config.moe is None or not found:
         return {"load": {}, "z_loss": zero, "balance_loss": zero, "loss": zero}
+    count = sum(s["z_loss"].size for s in found)
+    moe = config.moe
     return {
-        "load": {index: s["load"] for index, s in stats.items()},
-        "z_loss": sum((s["z_loss"] for s in stats.values()), zero) / len(stats),
-        "balance_loss": sum((s["balance_loss"] for s in stats.values()), zero) / len(stats),
-        "loss": sum((router_loss(config.moe, s) for s in stats.values()), zero),
+        "load": load(stats),
+        "z_loss": sum((jnp.sum(s["z_loss"]) for s in found), zero) / count,
+        "balance_loss": sum((jnp.sum(s["balance_loss"]) for s in found), zero) / count,
+        "loss": sum((jnp.sum(router_loss(moe, s)) for s in found), zero),
     }

@@ -24,8 +24,10 @@ from gemtool.data.shards import ShardFolder
 from gemtool.data.vocab import Vocab
 from gemtool.errors import GemtoolError, UsageError, did_you_mean
 from gemtool.model.config import PRESETS, ModelConfig, load_preset
+from gemtool.model.execution import Execution, training_on
 from gemtool.model.mesh import make_mesh, parse_mesh, require_fit
 from gemtool.model.params import Tree, count_params
+from gemtool.model.stacking import unstack_layers
 from gemtool.runtime import memory_size, setup_jax
 from gemtool.stream.files import printable
 from gemtool.stream.header import provenance
@@ -40,6 +42,7 @@ from gemtool.train.step import (
     init_state,
     make_eval_step,
     make_train_step,
+    restacked,
     stack,
 )
 
@@ -59,6 +62,9 @@ class TrainOptions:
     batch: int = 4
     accumulate: int = 1
     mesh: str | None = None
+    dtype: str | None = None
+    remat: bool | None = None
+    scan: bool | None = None
     lr: float | None = None
     warmup: int | None = None
     eval: str | None = None
@@ -122,14 +128,16 @@ class _Run:
         self.vocab = self._find_vocab()
         self.config = self._find_model()
         self.evaluation = self._open_evaluation()
+        self.execution = execution_for(options, jax.default_backend())
         self.settings = self._settings()
         self.schedule = Schedule(options.steps, self.settings["lr"], self.settings["warmup"])
-        self.optimizer = make_optimizer(self.config)
         self.mesh = self._make_mesh()
+        stacked = self.execution.stacked
+        self.optimizer = make_optimizer(self.config, stacked)
         self.shardings = None
         if self.mesh is not None:
-            self.shardings = state_shardings(self.config, self.optimizer, self.mesh)
-        self.eval_step = make_eval_step(self.config)
+            self.shardings = state_shardings(self.config, self.optimizer, self.mesh, stacked)
+        self.eval_step = make_eval_step(self.config, self.execution)
         self._require_memory()
 
     # What a run is made of
@@ -222,12 +230,13 @@ class _Run:
             "data": self.loader.fingerprint,
             "batch": options.batch,
             "accumulate": options.accumulate,
+            "dtype": self.execution.dtype,
             "seed": options.seed,
             "steps": options.steps,
             "lr": lr,
             "warmup": warmup,
         }
-        for name in ("batch", "accumulate", "seed", "lr", "warmup"):
+        for name in ("batch", "accumulate", "dtype", "seed", "lr", "warmup"):
             if saved and saved[name] != settings[name]:
                 raise UsageError(
                     f"{self.folder.path}: was begun with --{name} {saved[name]}, not "
@@ -279,14 +288,20 @@ class _Run:
             params = self.initial.load_params()
             if self.vocab.size > self.initial.vocab.size:
                 params = extend_params(params, self.initial.config, self.initial.vocab, self.vocab)
+        stacked = self.execution.stacked
         if self.record is None:
-            state = init_state(self.config, self.optimizer, self.options.seed, params)
+            state = init_state(self.config, self.optimizer, self.options.seed, params, stacked)
             return state if self.shardings is None else jax.device_put(state, self.shardings)
         self.loader.set_state(self.record["loader"])
-        like = abstract_state(self.config, self.optimizer)
-        if self.shardings is not None:
-            like = jax.tree.map(lambda x, where: x.update(sharding=where), like, self.shardings)
-        return self.folder.restore(self.start, like)
+        # Its layers lie as those of the run that saved it.
+        was_stacked = self.record["stacked"]
+        optimizer = make_optimizer(self.config, was_stacked)
+        like = abstract_state(self.config, optimizer, was_stacked)
+        if self.mesh is not None:
+            places = state_shardings(self.config, optimizer, self.mesh, was_stacked)
+            like = jax.tree.map(lambda x, where: x.update(sharding=where), like, places)
+        state = restacked(self.config, self.folder.restore(self.start, like), stacked)
+        return state if self.shardings is None else jax.device_put(state, self.shardings)
 
     # The run
 
@@ -310,7 +325,7 @@ class _Run:
             + "; the first step takes longer, as it is compiled"
         )
         state = self._restore_or_begin()
-        train_step = make_train_step(self.config, self.optimizer, self.shardings)
+        train_step = make_train_step(self.config, self.optimizer, self.shardings, self.execution)
         with (
             contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh),
             # A step consumes the state that it changes, so it is never interrupted half-way.
@@ -389,6 +404,7 @@ class _Run:
             "last": self.last,
             "loader": self.loader.get_state(),
             "settings": self.settings,
+            "stacked": self.execution.stacked,
         }
         self.folder.save(step, state, record)
         self._export(step, state.params)
@@ -407,6 +423,9 @@ class _Run:
             ],
             "pg": [*chain, provenance("train", chain, self.options.seed)],
         }
+        params = unstack_layers(
+            self.config, jax.tree.map(np.asarray, params), lambda x, index: x[index]
+        )
         write_checkpoint(
             self.folder.path, self.config, params, self.vocab, self.loader.settings, card, step
         )
@@ -416,6 +435,16 @@ class _Run:
             return open_checkpoint(self.folder.path).step
         except GemtoolError:
             return None
+
+
+def execution_for(options: TrainOptions, platform: str) -> Execution:
+    """How a run on "cpu", "gpu" or "tpu" is computed: what was asked for, else what suits."""
+    suits = training_on(platform)
+    return Execution(
+        dtype=suits.dtype if options.dtype is None else options.dtype,
+        remat=suits.remat if options.remat is None else options.remat,
+        stacked=suits.stacked if options.scan is None else options.scan,
+    )
 
 
 def load_model(name: str) -> ModelConfig:

@@ -34,7 +34,7 @@ def next_token_loss(
     Args:
         params: the parameters; only those that score tokens are used.
         config: static.
-        hidden: float32 [B, T, D] of the forward pass.
+        hidden: [B, T, D] of the forward pass.
         targets: int32 [B, T].
         weights: float32 [B, T]; positions of weight 0 cost nothing.
         chunk: static; positions scored at a time.
@@ -100,7 +100,7 @@ def _loss_and_gradients(
 def _scale_gradients(
     fixed: Fixed, gradients: tuple[jax.Array, jax.Array], d_loss: jax.Array
 ) -> tuple[jax.Array, jax.Array, None, None]:
-    d_table, d_hidden = (g * d_loss for g in gradients)
+    d_table, d_hidden = (g * d_loss.astype(g.dtype) for g in gradients)
     return d_table, d_hidden, None, None
 
 

@@ -10,7 +10,7 @@ import jax
 import optax
 
 from gemtool.model.config import ModelConfig
-from gemtool.model.params import ParamSpec, Tree, flatten, param_specs, unflatten
+from gemtool.model.params import ParamSpec, Tree, map_specs
 
 B1, B2 = 0.9, 0.95
 WEIGHT_DECAY = 0.1
@@ -48,14 +48,14 @@ def default_warmup(steps: int) -> int:
     return min(max(steps // 10, 1), 1000)
 
 
-def make_optimizer(config: ModelConfig) -> optax.GradientTransformation:
-    """The optimizer of a model's parameters. Its updates are still to be multiplied by minus the
-    learning rate, which is an argument of the step: a program serves any schedule.
+def make_optimizer(config: ModelConfig, stacked: bool = False) -> optax.GradientTransformation:
+    """The optimizer of a model's parameters, `stacked` or not. Its updates are still to be multiplied
+    by minus the learning rate, which is an argument of the step: a program serves any schedule.
     """
     chain = optax.chain(
         optax.clip_by_global_norm(CLIP),
         optax.scale_by_adam(B1, B2),
-        optax.add_decayed_weights(WEIGHT_DECAY, decayed(config)),
+        optax.add_decayed_weights(WEIGHT_DECAY, decayed(config, stacked)),
     )
 
     def update(*arguments: Any) -> Any:
@@ -66,14 +66,15 @@ def make_optimizer(config: ModelConfig) -> optax.GradientTransformation:
     return optax.GradientTransformation(chain.init, update)
 
 
-def decayed(config: ModelConfig) -> Tree:
+def decayed(config: ModelConfig, stacked: bool = False) -> Tree:
     """A tree of booleans: whether a parameter decays. Matrices do; norms, biases, temperatures and
     convolution taps, for which zero means something else, do not.
     """
 
     def decays(path: str, spec: ParamSpec) -> bool:
-        matrix = len(spec.shape) >= 2 and not path.endswith(("norm", "bias"))
+        matrix = len(spec.shape) - spec.axes.count("layers") >= 2 and not path.endswith(
+            ("norm", "bias")
+        )
         return matrix and "taps" not in spec.axes
 
-    specs = flatten(param_specs(config))
-    return unflatten({path: decays(path, spec) for path, spec in specs.items()})
+    return map_specs(config, decays, stacked)

@@ -16,14 +16,20 @@ from gemtool.train.step import TrainState, abstract_state
 
 
 def state_shardings(
-    config: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh
+    config: ModelConfig,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    stacked: bool = False,
 ) -> TrainState:
     """A `NamedSharding` for every array of a state: moments lie where their parameters do."""
-    params, everywhere = param_shardings(config, mesh), NamedSharding(mesh, PartitionSpec())
+    params, everywhere = (
+        param_shardings(config, mesh, stacked),
+        NamedSharding(mesh, PartitionSpec()),
+    )
     moments = optax.tree_map_params(
         optimizer,
         lambda _, sharding: sharding,
-        abstract_state(config, optimizer).optimizer,
+        abstract_state(config, optimizer, stacked).optimizer,
         params,
         transform_non_params=lambda _: everywhere,
     )

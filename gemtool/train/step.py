@@ -14,8 +14,10 @@ import optax
 
 from gemtool.model.batch import Batch
 from gemtool.model.config import ModelConfig
+from gemtool.model.execution import FLOAT32, Execution
 from gemtool.model.moe import update_biases
 from gemtool.model.params import Tree, abstract_params, init_params
+from gemtool.model.stacking import STACK, stack_layers, unstack_layers
 from gemtool.model.transformer import forward
 from gemtool.train.objectives import next_token_loss
 
@@ -39,20 +41,44 @@ def init_state(
     optimizer: optax.GradientTransformation,
     seed: int,
     params: Tree | None = None,
+    stacked: bool = False,
 ) -> TrainState:
-    """A state at step 0, of fresh parameters or a copy of those given."""
+    """A state at step 0, of fresh parameters or a copy of those given, and `optimizer` for `stacked`
+    ones if so."""
     if params is None:
         params = init_params(config, jax.random.key(seed))
     else:
         params = jax.tree.map(jnp.array, params)
+    if stacked:
+        params = _restacked(config, params, stacked)
     return TrainState(params, jax.jit(optimizer.init)(params), jnp.zeros((), jnp.int32))
 
 
-def abstract_state(config: ModelConfig, optimizer: optax.GradientTransformation) -> TrainState:
+def abstract_state(
+    config: ModelConfig, optimizer: optax.GradientTransformation, stacked: bool = False
+) -> TrainState:
     """Shapes and dtypes of a state."""
-    params = abstract_params(config)
+    params = abstract_params(config, stacked)
     step = jax.ShapeDtypeStruct((), jnp.int32)
     return TrainState(params, jax.eval_shape(optimizer.init, params), step)
+
+
+def restacked(config: ModelConfig, state: TrainState, stacked: bool) -> TrainState:
+    """A state whose parameters and moments are stacked, or apart, whatever they were."""
+    trees = jax.tree.map(
+        lambda x: _restacked(config, x, stacked) if isinstance(x, dict) else x,
+        state.optimizer,
+        is_leaf=lambda x: isinstance(x, dict),
+    )
+    return TrainState(_restacked(config, state.params, stacked), trees, state.step)
+
+
+def _restacked(config: ModelConfig, tree: Tree, stacked: bool) -> Tree:
+    if (STACK in tree["layers"]) == stacked:
+        return tree
+    if stacked:
+        return stack_layers(config, tree, lambda *same: jnp.stack(same))
+    return unstack_layers(config, tree, lambda x, index: x[index])
 
 
 def stack(batches: Sequence[Batch]) -> Batch:
@@ -79,10 +105,12 @@ def make_train_step(
     config: ModelConfig,
     optimizer: optax.GradientTransformation,
     shardings: TrainState | None = None,
+    execution: Execution = FLOAT32,
 ) -> Callable[[TrainState, Batch, float], tuple[TrainState, Metrics]]:
     """The jitted step. It takes a state, which it consumes, stacked micro-batches [M, B, T], and
     the learning rate. Gradients of micro-batches are accumulated, so that M changes memory and
     rounding, not the result. `shardings` are those of the state on the current mesh, if there is one.
+    The state is stacked where `execution` is.
 
     Metrics: "loss" (mean over weights), "grad_norm" (before clipping), "expert_load" (largest ratio
     of the most chosen expert's load to the mean; absent without experts).
@@ -90,8 +118,8 @@ def make_train_step(
 
     def objective(
         params: Tree, batch: Batch, weight: jax.Array, count: int
-    ) -> tuple[jax.Array, tuple[jax.Array, dict[str, jax.Array]]]:
-        hidden, router = forward(params, config, batch)
+    ) -> tuple[jax.Array, tuple[jax.Array, Tree]]:
+        hidden, router = forward(params, config, batch, execution)
         loss = next_token_loss(params, config, hidden, batch.targets, batch.weights) / weight
         return loss + router["loss"] / count, (loss, router["load"])
 
@@ -103,7 +131,7 @@ def make_train_step(
         # One divisor for all micro-batches: a position weighs the same wherever it lies.
         weight = jnp.maximum(jnp.sum(batches.weights), 1e-8)
 
-        def gradients(batch: Batch) -> tuple[Tree, jax.Array, dict[str, jax.Array]]:
+        def gradients(batch: Batch) -> tuple[Tree, jax.Array, Tree]:
             grad = jax.grad(objective, has_aux=True)
             grads, (loss, load) = grad(state.params, batch, weight, count)
             return grads, loss, load
@@ -121,25 +149,27 @@ def make_train_step(
                 batches,
             )
         grads, loss, load = total
-        load = {layer: share / count for layer, share in load.items()}
+        load = jax.tree.map(lambda share: share / count, load)
         updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
         params = jax.tree.map(lambda p, update: p - rate * update, state.params, updates)
         params = update_biases(params, config, load)
         metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
-        if load:
-            ratios = [jnp.max(share) * share.shape[0] for share in load.values()]
+        if shares := jax.tree.leaves(load):
+            ratios = [jnp.max(share) * share.shape[-1] for share in shares]
             metrics["expert_load"] = jnp.max(jnp.stack(ratios))
         return TrainState(params, optimizer_state, state.step + 1), metrics
 
     return train_step
 
 
-def make_eval_step(config: ModelConfig) -> Callable[[Tree, Batch], tuple[jax.Array, jax.Array]]:
+def make_eval_step(
+    config: ModelConfig, execution: Execution = FLOAT32
+) -> Callable[[Tree, Batch], tuple[jax.Array, jax.Array]]:
     """A jitted function: sum of weighted losses of a batch [B, T], and sum of weights."""
 
     @jax.jit
     def eval_step(params: Tree, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        hidden, _ = forward(params, config, batch)
+        hidden, _ = forward(params, config, batch, execution)
         loss = next_token_loss(params, config, hidden, batch.targets, batch.weights)
         return loss, jnp.sum(batch.weights)
 

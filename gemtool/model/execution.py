@@ -1,0 +1,39 @@
+"""How a model is computed: choices that change speed, memory and rounding, never its meaning."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from gemtool.model.tables import choice
+
+
+@dataclass(frozen=True)
+class Execution:
+    """Hashable, so that it can be static under `jax.jit`.
+
+    `dtype`    "float32" or "bfloat16": of activations, and of weights where they are multiplied.
+               Parameters, gradients, moments, routers, statistics of norms, softmax and the loss are
+               float32 in any case (mixed precision, arXiv 1710.03740).
+    `remat`    keep only what goes into each layer for the backward pass, and compute the layer again
+               there (arXiv 1604.06174).
+    `stacked`  equal layers are one array each, run by a scan (see stacking.py).
+    """
+
+    dtype: str = "float32"
+    remat: bool = False
+    stacked: bool = False
+
+    def __post_init__(self) -> None:
+        choice("execution", self, "dtype", ("float32", "bfloat16"))
+
+
+FLOAT32 = Execution()
+
+
+def training_on(platform: str) -> Execution:
+    """What training takes on "cpu", "gpu" or "tpu" unless told otherwise.
+
+    XLA's CPU code is fastest with float32 and separate layers, and memory is rarely what is short;
+    accelerators multiply bfloat16, and programs of many unrolled layers take them long to compile.
+    """
+    return FLOAT32 if platform == "cpu" else Execution("bfloat16", remat=True, stacked=True)
