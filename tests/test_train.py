@@ -202,6 +202,43 @@ def losses_on_a_mesh(gemtool, workshop, run, mesh: str | None, steps: int) -> li
     return [row["loss"] for row in rows_of(done.stdout)]
 
 
+def test_a_loop_over_layers_is_the_same_run(gemtool, workshop, tmp_path):
+    """Begun with a loop, resumed with one on a mesh and without: states hold either form."""
+    deep = MODEL.replace('"LG"', '"LGLG"').replace("d_ff = 48", "d_ff = 48\ndense_layers = 0")
+    (tmp_path / "deep.toml").write_text(deep)
+
+    def losses(run: str, steps: int, *more: object, **environ: str) -> list[float]:
+        command = [*arguments(workshop, tmp_path / run, "--steps", steps, "--resume", *more)]
+        command[command.index(workshop / "model.toml")] = tmp_path / "deep.toml"
+        done = gemtool(*command, env={**environment(workshop), **environ})
+        return [row["loss"] for row in rows_of(done.stdout)]
+
+    begun = losses("apart", 2)
+    np.testing.assert_allclose(losses("a", 2, "--scan", "--remat"), begun, rtol=1e-4)
+    apart = losses("apart", 4)
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    np.testing.assert_allclose(losses("a", 4), apart, rtol=2e-3)
+    devices = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    on_a_mesh = losses("b", 4, "--scan", "--mesh", "fsdp=2,expert=2", **devices)
+    np.testing.assert_allclose(on_a_mesh, apart, rtol=2e-3)
+    first, second = (open_checkpoint(tmp_path / run).load_params() for run in ("a", "b"))
+    assert first["layers"].keys() == second["layers"].keys() == set("0123")
+
+
+def test_bfloat16_trains_and_belongs_to_the_run(gemtool, workshop, whole, tmp_path):
+    run = arguments(workshop, tmp_path / "run")
+    done = gemtool(*run, "--steps", 3, "--dtype", "bfloat16", env=environment(workshop))
+    losses = [row["loss"] for row in rows_of(done.stdout)]
+    wanted = [row["loss"] for row in whole[0][:3]]
+    np.testing.assert_allclose(losses, wanted, rtol=0.02)
+    assert losses != wanted
+    weights = open_checkpoint(tmp_path / "run").load_params()
+    assert weights["embedding"].dtype == np.float32
+    done = gemtool(*run, "--steps", 4, "--resume", env=environment(workshop), check=False)
+    assert done.returncode == 2
+    assert b"was begun with --dtype bfloat16, not float32" in done.stderr
+
+
 def test_a_mesh_that_does_not_fit_is_refused(gemtool, workshop, tmp_path):
     for mesh, message in (
         ("data=2", b"takes 2 devices; there is 1"),
