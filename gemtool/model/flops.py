@@ -1,0 +1,54 @@
+"""Floating-point operations that a model needs: what the mathematics takes, not what a program spends.
+
+Two for each multiplication and addition of matrix products and of attention to visible keys; norms,
+rotations, softmax and look-ups are left out, and so is what is recomputed, as is usual when the use of
+a machine is reckoned (arXiv 2204.02311, appendix B).
+"""
+
+from __future__ import annotations
+
+from gemtool.model.config import ModelConfig
+from gemtool.model.kinds import LayerKind
+from gemtool.model.params import ParamSpec, flatten, param_specs
+
+TRAINING = 3
+"""A backward pass takes twice what a forward pass does."""
+
+
+def forward_flops(config: ModelConfig, length: int, start: int = 0, scored: int = 0) -> float:
+    """Of one sequence's `length` positions after `start`, `scored` of which get logits. Encoders of
+    media are not counted."""
+    specs = flatten(param_specs(config))
+    layers = sum(
+        _multiplied(config, path, spec)
+        for path, spec in specs.items()
+        if path.startswith("layers/")
+    )
+    attention = sum(
+        4 * kind.heads * kind.head_dim * visible_pairs(kind, length, start)
+        for kind in config.layer_kinds
+    )
+    return 2.0 * layers * length + attention + 2.0 * scored * config.vocab_size * config.d_model
+
+
+def visible_pairs(kind: LayerKind, length: int, start: int = 0) -> int:
+    """Pairs of a query among `length` positions after `start` and a key that it sees."""
+
+    def before(stop: int) -> int:
+        """Pairs of the queries before position `stop`."""
+        if kind.attention == "chunk":
+            chunks, rest = divmod(stop, kind.window)
+            return chunks * kind.window * (kind.window + 1) // 2 + rest * (rest + 1) // 2
+        reach = min(stop, kind.window) if kind.bounded else stop
+        return reach * (reach + 1) // 2 + (stop - reach) * reach
+
+    return before(start + length) - before(start)
+
+
+def _multiplied(config: ModelConfig, path: str, spec: ParamSpec) -> float:
+    """Values of a parameter that a token is multiplied by, if it is a matrix."""
+    if "taps" in spec.axes or path.endswith(("norm", "bias")) or len(spec.shape) < 2:
+        return 0
+    if spec.axes[0] == "expert" and config.moe is not None:
+        return spec.size * config.moe.top_k / config.moe.experts if len(spec.shape) > 2 else 0
+    return spec.size
