@@ -13,6 +13,7 @@ length and its small state, nothing else.
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -22,6 +23,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gemtool.checkpoint import Checkpoint
 from gemtool.control import END_TURN, EOD
@@ -31,8 +33,10 @@ from gemtool.infer.sampling import Sampling, best, log_softmax, sample
 from gemtool.infer.text import Prompt, TextStream
 from gemtool.model import transformer
 from gemtool.model.attention import LayerCache
-from gemtool.model.cache import Cache, full_layers, init_cache, state_arrays
+from gemtool.model.buffers import buffer_capacity, grow, read_rows
+from gemtool.model.cache import Cache, abstract_cache, constrain_cache, full_layers, state_arrays
 from gemtool.model.config import ModelConfig
+from gemtool.model.mesh import param_shardings
 from gemtool.model.params import Tree
 from gemtool.stream.context import BLOCK, ContextHeader
 from gemtool.stream.spans import Span
@@ -43,7 +47,15 @@ PROMPT_TILE = 64
 """Positions of a short prompt's tile."""
 
 Buffers = tuple[tuple[jax.Array, jax.Array], ...]
-"""Keys and values [1, capacity, N, K] of each full-attention layer."""
+"""Keys and values of each full-attention layer, as `gemtool.model.buffers` has them."""
+
+
+def abstract_sequence(
+    config: ModelConfig, capacity: int, mesh: Mesh | None = None
+) -> tuple[Buffers, Cache]:
+    """Shapes, dtypes and on a mesh shardings of the buffers and the state of a sequence with room for
+    `capacity` positions: what `_step` can be lowered with."""
+    return _split(config, abstract_cache(config, 1, capacity, mesh))
 
 
 def _join(config: ModelConfig, buffers: Buffers, state: Cache) -> Cache:
@@ -86,7 +98,7 @@ def _step(
     x = _embedded(params, config, tokens, soft)
     hidden, cache = transformer.step(params, config, x, _join(config, buffers, state), valid)
     last = jax.lax.dynamic_index_in_dim(hidden[0], valid - 1, axis=0, keepdims=False)
-    return transformer.logits(params, config, last), *_split(config, cache)
+    return transformer.logits(params, config, last), *_split(config, constrain_cache(config, cache))
 
 
 @partial(jax.jit, static_argnames="config", donate_argnames="buffers")
@@ -102,7 +114,7 @@ def _step_kv(
     """The part of `_step` that far later positions can see."""
     x = _embedded(params, config, tokens, soft)
     cache = transformer.step_kv(params, config, x, _join(config, buffers, state), valid)
-    return _split(config, cache)
+    return _split(config, constrain_cache(config, cache))
 
 
 @partial(jax.jit, static_argnames=("config", "kind"))
@@ -113,18 +125,16 @@ def _encode(params: Tree, config: ModelConfig, kind: str, values: jax.Array) -> 
 @partial(jax.jit, static_argnames="size")
 def _rows(buffers: Buffers, start: jax.Array, size: int) -> Buffers:
     """Rows `start` to `start + size` of all buffers."""
-    return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, size, axis=1), buffers)
+    return jax.tree.map(lambda buffer: read_rows(buffer, start, size), buffers)
 
 
 @partial(jax.jit, static_argnames="capacity")
 def _grown(buffers: Buffers, capacity: int) -> Buffers:
-    return jax.tree.map(
-        lambda x: jnp.pad(x, ((0, 0), (0, capacity - x.shape[1]), (0, 0), (0, 0))), buffers
-    )
+    return jax.tree.map(lambda buffer: grow(buffer, capacity), buffers)
 
 
 def capacity_for(length: int) -> int:
-    """Rows of the buffers of a sequence: a power of two, so that few shapes are ever compiled."""
+    """Positions that buffers have room for: a power of two, so that few shapes are ever compiled."""
     return max(BLOCK, 1 << (length - 1).bit_length())
 
 
@@ -159,11 +169,12 @@ class Sequence:
             soft = np.pad(piece.soft, ((0, padding), (0, 0))), present
         valid = np.int32(len(piece))
         arguments = (engine.params, engine.config, tokens, soft, valid, self._taken(), self._state)
-        if tile.scored:
-            self._logits, self._buffers, self._state = _step(*arguments)
-        else:
-            self._logits = None
-            self._buffers, self._state = _step_kv(*arguments)
+        with engine.on_mesh():
+            if tile.scored:
+                self._logits, self._buffers, self._state = _step(*arguments)
+            else:
+                self._logits = None
+                self._buffers, self._state = _step_kv(*arguments)
         self.length += len(piece)
 
     def extend(self, tokens: np.ndarray) -> None:
@@ -178,8 +189,9 @@ class Sequence:
     def reserve(self, length: int) -> None:
         """Makes room for `length` positions in all."""
         buffers = self._taken()
-        if buffers and buffers[0][0].shape[1] < length:
-            buffers = _grown(buffers, capacity_for(length))
+        if buffers and min(buffer_capacity(k) for k, _ in buffers) < length:
+            with self._engine.on_mesh():
+                buffers = _grown(buffers, capacity_for(length))
         self._buffers = buffers
 
     @contextlib.contextmanager
@@ -205,7 +217,7 @@ class Sequence:
 
     def skip_to(self, length: int) -> None:
         """Pretends that `length` positions went before, whatever the buffers hold there."""
-        self._state = replace(self._state, length=jax.device_put(np.int32(length)))
+        self._state = replace(self._state, length=self._engine.put(np.int32(length)))
         self.length = length
 
     def wait(self) -> None:
@@ -219,7 +231,8 @@ class Sequence:
 
         `start` is a multiple of BLOCK, `stop - start` at most BLOCK.
         """
-        rows = _rows(self._taken(), np.int32(start), BLOCK)
+        with self._engine.on_mesh():
+            rows = _rows(self._taken(), np.int32(start), BLOCK)
         arrays = {}
         for index, pair in zip(full_layers(self._engine.config), rows, strict=True):
             for name, array in zip("kv", pair, strict=True):
@@ -262,20 +275,35 @@ class Answer:
 
 
 class Engine:
-    """A checkpoint's model on the default device.
+    """A checkpoint's model on the default device, or spread over a mesh.
 
     Args:
         checkpoint: an open one.
         chunk: positions that prefill runs at a time; results do not depend on it.
+        mesh: where it runs (`gemtool.model.mesh`), for a model that fits it; None: on one device.
+            Contexts are the same wherever they are made.
     """
 
-    def __init__(self, checkpoint: Checkpoint, chunk: int = CHUNK) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, chunk: int = CHUNK, mesh: Mesh | None = None
+    ) -> None:
         self.checkpoint = checkpoint
         self.config: ModelConfig = checkpoint.config
         self.vocab = checkpoint.vocab
         self.chunk = chunk
         self.reach = transformer.tail_reach(self.config)
-        self.params = jax.device_put(checkpoint.load_params())
+        self.mesh = mesh
+        places = None if mesh is None else param_shardings(self.config, mesh)
+        self.params = jax.device_put(checkpoint.load_params(), places)
+
+    def on_mesh(self) -> contextlib.AbstractContextManager[Any]:
+        """The context in which programs of this model run."""
+        return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
+
+    def put(self, x: np.ndarray | np.generic) -> jax.Array:
+        """An array on the device, or on all of the mesh."""
+        where = None if self.mesh is None else NamedSharding(self.mesh, PartitionSpec())
+        return jax.device_put(x, where)
 
     def tile_size(self, length: int) -> int:
         """Positions that a tile of `length` is padded to: of few sizes, as each is compiled, and
@@ -300,12 +328,10 @@ class Engine:
 
     def begin(self, expected: int = 0) -> Sequence:
         """An empty sequence with room for `expected` positions; it grows as needed."""
-        return Sequence(self, *_split(self.config, self._empty(capacity_for(max(expected, 1)))), 0)
-
-    def _empty(self, capacity: int) -> Cache:
+        shapes = abstract_sequence(self.config, capacity_for(max(expected, 1)), self.mesh)
         # Zeros of numpy: those of jax would be a program to compile for each shape.
-        shapes = jax.eval_shape(partial(init_cache, self.config, 1, capacity))
-        return jax.tree.map(lambda x: jax.device_put(np.zeros(x.shape, x.dtype)), shapes)
+        buffers, state = jax.tree.map(lambda x: _put(np.zeros(x.shape, x.dtype), x), shapes)
+        return Sequence(self, buffers, state, 0)
 
     def restore(
         self,
@@ -316,23 +342,25 @@ class Engine:
     ) -> Sequence:
         """A sequence from what `Sequence.block` and `Sequence.state` gave."""
         capacity = capacity_for(length + 2 * PROMPT_TILE)
-        empty = self._empty(0)
+        empty, like = abstract_sequence(self.config, capacity, self.mesh)
         full = full_layers(self.config)
-        layers, buffers = [], []
-        for index, layer in enumerate(empty.layers):
+        layers: list[LayerCache] = []
+        buffers: list[tuple[jax.Array, jax.Array]] = []
+        for index, layer in enumerate(like.layers):
             paths = {name: f"layers/{index}/{name}" for name in ("k", "v", "tail")}
-            tail = jax.device_put(np.array(state[paths["tail"]]))
+            tail = _put(np.array(state[paths["tail"]]), layer.tail)
             if index in full:
-                pair = [
-                    _filled([block[paths[name]] for block in blocks], capacity, layer.k)
-                    for name in "kv"
-                ]
-                buffers.append((pair[0], pair[1]))
+                k, v = (
+                    _filled([block[paths[name]] for block in blocks], array)
+                    for name, array in zip("kv", empty[len(buffers)], strict=True)
+                )
+                buffers.append((k, v))
                 layers.append(LayerCache(None, None, tail))  # type: ignore[arg-type]
             else:
-                k, v = (jax.device_put(np.array(state[paths[name]])) for name in "kv")
+                k = _put(np.array(state[paths["k"]]), layer.k)
+                v = _put(np.array(state[paths["v"]]), layer.v)
                 layers.append(LayerCache(k, v, tail))
-        cache = Cache(jax.device_put(np.int32(length)), tuple(layers))
+        cache = Cache(self.put(np.int32(length)), tuple(layers))
         sequence = Sequence(self, tuple(buffers), cache, length)
         sequence._logits = np.array(logits)
         return sequence
@@ -357,12 +385,13 @@ class Engine:
 
     def state_bytes(self) -> int:
         """Size of a state in a context file."""
-        arrays = state_arrays(self.config, self._empty(0))
-        return sum(array.nbytes for array in arrays.values())
+        _, state = abstract_sequence(self.config, 0)
+        return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(state))
 
     def encode(self, kind: str, values: np.ndarray) -> np.ndarray:
         """Soft tokens float32 [N, P, D] of raw features [N, P, F]."""
-        return np.asarray(_encode(self.params, self.config, kind, values))
+        with self.on_mesh():
+            return np.asarray(_encode(self.params, self.config, kind, values))
 
     def tiles(self, pieces: Iterable[Piece], boundary: int | None = None) -> Iterator[Tile]:
         """The tiles in which `prefill` runs a document."""
@@ -495,11 +524,17 @@ class Engine:
         return {**entry(step.token), "top": [entry(token) for token, _ in best(values, count)]}
 
 
-def _filled(blocks: list[np.ndarray], capacity: int, like: jax.Array) -> jax.Array:
-    """A buffer [1, capacity, N, K] that begins with these rows."""
-    buffer = np.zeros((1, capacity, *like.shape[2:]), like.dtype)
+def _put(x: np.ndarray, like: Any) -> jax.Array:
+    """`x` where `like` is to be."""
+    return jax.device_put(x, like.sharding)
+
+
+def _filled(blocks: list[np.ndarray], like: Any) -> jax.Array:
+    """A buffer as `like` that begins with these rows [1, n, N, K]."""
+    buffer = np.zeros(like.shape, like.dtype)
+    rows = buffer.reshape(1, -1, *buffer.shape[-2:])
     at = 0
-    for rows in blocks:
-        buffer[:, at : at + rows.shape[1]] = rows
-        at += rows.shape[1]
-    return jax.device_put(buffer)
+    for block in blocks:
+        rows[:, at : at + block.shape[1]] = block
+        at += block.shape[1]
+    return _put(buffer, like)

@@ -27,10 +27,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gemtool.kernels.attention import chunk_segments, flash_attention
+from gemtool.kernels.attention import chunk_segments
+from gemtool.model.buffers import buffer_attention, write_rows
 from gemtool.model.config import LayerKind, ModelConfig
 from gemtool.model.layers import norm, plain_rms_norm, round_to, unit_norm
-from gemtool.model.parallel import packed_attention
+from gemtool.model.parallel import cached_attention, packed_attention
 from gemtool.model.params import Tree
 from gemtool.model.rope import rotary
 
@@ -40,9 +41,9 @@ from gemtool.model.rope import rotary
 class LayerCache:
     """What one layer keeps of the past.
 
-    `k`, `v`      [B, S, N, K] in the config's `kv_dtype`. Full attention: S is the capacity, rows
-                  from the cache's length on are free. Window or chunk: S is `window`, the last row
-                  newest.
+    `k`, `v`      in the config's `kv_dtype`. Full attention: a buffer (`buffers.py`), whose rows from
+                  the cache's length on are free. Window or chunk: [B, S, N, K], S is `window`, the
+                  last row newest.
     `tail`        float32 [B, conv_tail, D], the last normed hidden rows, newest last; zeros before
                   the beginning.
     """
@@ -53,7 +54,8 @@ class LayerCache:
 
 
 Extended = tuple[jax.Array, jax.Array, jax.Array, dict[str, Any], LayerCache]
-"""Queries, the keys and values that they attend to, which of those they see, and the new cache."""
+"""Queries, the keys and values that they attend to, which of those they see (options of the kernel),
+and the new cache."""
 
 
 def attend_packed(
@@ -97,9 +99,11 @@ def attend_cached(
     of the T are real. Returns [B, T, D], of which rows from `valid` on mean nothing, and the cache
     with the real rows added.
     """
-    extend = _extend_bounded if kind.bounded else _extend_full
+    extend, kernel = (
+        (_extend_bounded, cached_attention) if kind.bounded else (_extend_full, buffer_attention)
+    )
     q, k, v, attended, cache = extend(p, config, kind, x, cache, length, valid)
-    return _attend(p, kind, (q, k, v), flash_attention, **attended), cache
+    return _attend(p, kind, (q, k, v), kernel, **attended), cache
 
 
 def write_keys(
@@ -137,12 +141,11 @@ def _extend_full(
     k = round_to(k, config.kv_dtype).astype(cache.k.dtype)
     v = v.astype(cache.v.dtype)
     cache = LayerCache(
-        k=jax.lax.dynamic_update_slice_in_dim(cache.k, k, length, axis=1),
-        v=jax.lax.dynamic_update_slice_in_dim(cache.v, v, length, axis=1),
+        k=write_rows(cache.k, k, length),
+        v=write_rows(cache.v, v, length),
         tail=_tail(kind, rows, valid).astype(cache.tail.dtype),
     )
-    attended = {"q_start": length, "kv_length": length + x.shape[1]}
-    return q, cache.k, cache.v, attended, cache
+    return q, cache.k, cache.v, {"new": (k, v), "length": length}, cache
 
 
 def _extend_bounded(

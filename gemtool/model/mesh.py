@@ -32,6 +32,8 @@ AXES = ("data", "fsdp", "expert", "context", "tensor")
 RULES: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp", "expert"),
     "length": ("context",),
+    "cache": ("context",),
+    "cache_all_heads": ("context", "tensor"),
     "embed": ("fsdp",),
     "vocab": ("tensor",),
     "heads": ("tensor",),

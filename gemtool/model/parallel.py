@@ -115,6 +115,52 @@ def packed_attention(
     )
 
 
+def cached_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    q_segments: jax.Array,
+    kv_segments: jax.Array,
+    sink: jax.Array | None,
+    **options: Any,
+) -> jax.Array:
+    """Attention of new positions to the few that a window or chunk keeps, and to themselves.
+
+    `q` [B, T, H, K], `k` and `v` [B, S, N, K], segments int32 [B, T] and [B, S], `sink` [H] or None;
+    `options` are those of `partial_attention`. Returns [B, T, H, K]. On a mesh each device of the
+    tensor axis has its heads, those of other axes do the same.
+    """
+    mesh = current_mesh()
+    if mesh is None:
+        segments = {"q_segments": q_segments, "kv_segments": kv_segments}
+        return flash_attention(q, k, v, sink=sink, **segments, **options)
+    queries = partition((None, None, "heads", None), q.shape, mesh)
+    keys = partition((None, None, "kv_heads", None), k.shape, mesh)
+    everywhere = PartitionSpec()
+    groups = q.shape[2] // k.shape[2]
+
+    def local(
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        q_segments: jax.Array,
+        kv_segments: jax.Array,
+        sink: jax.Array | None,
+    ) -> jax.Array:
+        if keys[2] is None:
+            k, v = (_own_heads(x, q.shape[2], groups) for x in (k, v))
+        segments = {"q_segments": q_segments, "kv_segments": kv_segments}
+        return flash_attention(q, k, v, sink=sink, **segments, **options)
+
+    return jax.shard_map(
+        local,
+        in_specs=(queries, keys, keys, everywhere, everywhere, PartitionSpec(queries[2])),
+        out_specs=queries,
+        check_vma=False,
+    )(q, k, v, q_segments, kv_segments, sink)
+
+
 def _own_heads(x: jax.Array, heads: int, groups: int) -> jax.Array:
     """Of all key heads [B, T, N, K], those of this device's query heads, one each or one for all."""
     first = jax.lax.axis_index("tensor") * heads
