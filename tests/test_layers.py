@@ -24,6 +24,7 @@ LAYERS = (
     ("model",),
     ("runtime", "checkpoint"),
     ("train", "infer"),
+    ("aot",),
     ("probes",),
     ("cmd",),
     ("cli", "__main__"),

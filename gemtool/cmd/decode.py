@@ -12,7 +12,18 @@ from typing import TYPE_CHECKING, Annotated, BinaryIO
 
 import typer
 
-from gemtool.cmd.options import Force, Output, Seed, common
+from gemtool.cmd.options import (
+    CompiledLength,
+    CompiledModel,
+    CompileOnly,
+    Force,
+    Output,
+    Seed,
+    Topology,
+    common,
+    compiled,
+    require_given,
+)
 from gemtool.errors import CorruptInput, NoInput, UsageError
 
 if TYPE_CHECKING:
@@ -31,8 +42,8 @@ class AnswerFormat(StrEnum):
 @common
 def decode(
     ckpt: Annotated[
-        str, typer.Option("--ckpt", metavar="CKPT", help="Checkpoint folder of the model.")
-    ],
+        str | None, typer.Option("--ckpt", metavar="CKPT", help="Checkpoint folder of the model.")
+    ] = None,
     cache: Annotated[
         str | None,
         typer.Option(
@@ -95,6 +106,10 @@ def decode(
     ] = AnswerFormat.auto,
     output: Output = None,
     force: Force = False,
+    compile_only: CompileOnly = False,
+    topology: Topology = None,
+    model: CompiledModel = None,
+    length: CompiledLength = None,
     seed: Seed = 0,
 ) -> None:
     """Generate text from prompts, with or without a saved context.
@@ -103,6 +118,10 @@ def decode(
     input. Every prompt is asked of every context by itself, or of the document that it names; with
     several contexts, answers come context by context. Without --cache, prompts are answered alone.
     """
+    if compiled("decode", compile_only, topology, length, model=model, ckpt=ckpt):
+        return
+    require_given({"--ckpt": ckpt})
+    assert ckpt is not None
     as_text = format is AnswerFormat.text
     if format is AnswerFormat.auto:
         as_text = output in (None, "-") and sys.stdout.isatty() and not logprobs

@@ -12,7 +12,7 @@ import typing
 from collections.abc import Callable, Iterator, Mapping
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -47,6 +47,38 @@ Threads = Annotated[
 ]
 
 
+CompileOnly = Annotated[
+    bool,
+    typer.Option(
+        "--compile-only",
+        help="Only compile the program for a slice of TPUs, and say what it takes and whether it fits.",
+    ),
+]
+Topology = Annotated[
+    str | None,
+    typer.Option(
+        "--topology",
+        metavar="CHIP:SHAPE",
+        help="With --compile-only: the slice, as v5p:4x4x4, of v4, v5e, v5p or v6e.",
+    ),
+]
+CompiledModel = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        metavar="PRESET|FILE",
+        help="With --compile-only: an architecture, instead of --ckpt.",
+    ),
+]
+CompiledLength = Annotated[
+    str | None,
+    typer.Option(
+        "--length",
+        metavar="N",
+        help="With --compile-only: positions of the context (1M) or of a training sequence (8k); k is "
+        "1,000, M 1,000,000.",
+    ),
+]
 Part = Annotated[
     str | None,
     typer.Option("--part", metavar="I/N", help="Only the I-th of N parts of the job."),
@@ -64,6 +96,66 @@ def parse_part(text: str) -> tuple[int, int]:
     if not 1 <= index <= parts:
         raise UsageError(f"--part {text}: expected i/n with i from 1 to n, as in 2/8")
     return index, parts
+
+
+def parse_length(option: str, text: str, example: str = "256k") -> int:
+    """A token count as `1k` (1,000), `10M` (10,000,000) or `5000`.
+
+    Raises:
+        UsageError: it is none.
+    """
+    sizes = {"": 1, "k": 1_000, "K": 1_000, "m": 1_000_000, "M": 1_000_000}
+    number, unit = text.strip(), ""
+    if number[-1:].isalpha():
+        number, unit = number[:-1], number[-1]
+    try:
+        length = round(float(number) * sizes[unit])
+    except (ValueError, KeyError, OverflowError):
+        raise UsageError(f"{option}: {text!r} is no length; write {example}") from None
+    if length < 1:
+        raise UsageError(f"{option}: {text!r} is no length; expected at least 1 token")
+    return length
+
+
+def require_given(options: Mapping[str, object]) -> None:
+    """Refuses a call that lacks one of these options.
+
+    Raises:
+        UsageError: naming the first.
+    """
+    for option, value in options.items():
+        if not value:
+            raise UsageError(f"Missing option '{option}'")
+
+
+def compiled(
+    verb: Literal["train", "prefill", "decode"],
+    wanted: bool,
+    topology: str | None,
+    length: str | None,
+    **options: Any,
+) -> bool:
+    """Does what --compile-only asks for, and tells whether it did; `options` are other fields of
+    `gemtool.aot.run.CompileOptions`.
+
+    Raises:
+        UsageError: a model is named twice; without --compile-only, an option that goes with it only.
+    """
+    if not wanted:
+        theirs = {"--topology": topology, "--length": length}
+        if verb != "train":
+            theirs["--model"] = options["model"]
+        for option, value in theirs.items():
+            if value is not None:
+                raise UsageError(f"{option} goes with --compile-only")
+        return False
+    from gemtool.aot.run import CompileOptions, compile_only
+
+    if options["model"] and options["ckpt"]:
+        raise UsageError("the checkpoint brings its own model; leave out --model")
+    positions = None if length is None else parse_length("--length", length, "256k")
+    compile_only(verb, CompileOptions(topology, length=positions, **options))
+    return True
 
 
 class StreamFormat(StrEnum):

@@ -8,15 +8,28 @@ from typing import Annotated
 import typer
 
 from gemtool import log
-from gemtool.cmd.options import Force, Inputs, NoPg, Output, Recover, common
+from gemtool.cmd.options import (
+    CompiledLength,
+    CompiledModel,
+    CompileOnly,
+    Force,
+    Inputs,
+    NoPg,
+    Output,
+    Recover,
+    Topology,
+    common,
+    compiled,
+    require_given,
+)
 
 
 @common
 def prefill(
-    ckpt: Annotated[
-        str, typer.Option("--ckpt", metavar="CKPT", help="Checkpoint folder of the model.")
-    ],
     inputs: Inputs = None,
+    ckpt: Annotated[
+        str | None, typer.Option("--ckpt", metavar="CKPT", help="Checkpoint folder of the model.")
+    ] = None,
     chunk: Annotated[
         int,
         typer.Option(
@@ -37,12 +50,21 @@ def prefill(
     force: Force = False,
     recover: Recover = False,
     no_pg: NoPg = False,
+    compile_only: CompileOnly = False,
+    topology: Topology = None,
+    model: CompiledModel = None,
+    length: CompiledLength = None,
 ) -> None:
     """Run documents through a model and save its context as a file.
 
     Each document becomes one context, in the order of the input: everything the model keeps of it,
     so that `gemtool decode --cache` can ask about it at any time, without reading it again.
     """
+    how = {"model": model, "ckpt": ckpt, "chunk": chunk}
+    if compiled("prefill", compile_only, topology, length, **how):
+        return
+    require_given({"--ckpt": ckpt})
+    assert ckpt is not None
     from gemtool.checkpoint import open_checkpoint
     from gemtool.errors import GemtoolError, UsageError, counted
     from gemtool.infer.documents import documents, expected, require_settings

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gemtool import log
-from gemtool.cmd.options import Force, Output, Seed, common
+from gemtool.cmd.options import Force, Output, Seed, common, parse_length
 from gemtool.errors import CorruptInput, GemtoolError, UsageError, did_you_mean, reason
 from gemtool.probes import PROBES
 
@@ -206,18 +206,9 @@ def parse_lengths(text: str) -> list[int]:
     Raises:
         UsageError: one of them is no count, or there twice.
     """
-    sizes = {"": 1, "k": 1_000, "K": 1_000, "m": 1_000_000, "M": 1_000_000}
     lengths = []
     for part in text.split(","):
-        number, unit = part.strip(), ""
-        if number[-1:].isalpha():
-            number, unit = number[:-1], number[-1]
-        try:
-            lengths.append(round(float(number) * sizes[unit]))
-        except (ValueError, KeyError, OverflowError):
-            raise UsageError(f"--lengths: {part!r} is no length; write 1k,256k,10M") from None
-        if lengths[-1] < 1:
-            raise UsageError(f"--lengths: {part!r} is no length; expected at least 1 token")
+        lengths.append(parse_length("--lengths", part, example="1k,256k,10M"))
         if lengths[-1] in lengths[:-1]:
             raise UsageError(
                 f"--lengths: {lengths[-1]:,} is there twice; --cases asks a length more often"

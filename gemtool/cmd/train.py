@@ -7,7 +7,17 @@ from typing import Annotated
 
 import typer
 
-from gemtool.cmd.options import Force, Seed, common
+from gemtool.cmd.options import (
+    CompiledLength,
+    CompileOnly,
+    Force,
+    Seed,
+    Topology,
+    common,
+    compiled,
+    require_given,
+)
+from gemtool.errors import UsageError
 
 
 class Precision(StrEnum):
@@ -27,16 +37,17 @@ def presets() -> list[str]:
 @common
 def train(
     data: Annotated[
-        list[str],
+        list[str] | None,
         typer.Option(
             "--data",
             metavar="DIR[:WEIGHT]",
             help="A shard folder, and its share if there are several (repeatable).",
         ),
-    ],
+    ] = None,
     ckpt: Annotated[
-        str, typer.Option("--ckpt", metavar="DIR", help="The folder of the run, to be written.")
-    ],
+        str | None,
+        typer.Option("--ckpt", metavar="DIR", help="The folder of the run, to be written."),
+    ] = None,
     model: Annotated[
         str | None,
         typer.Option(
@@ -61,8 +72,9 @@ def train(
         int, typer.Option("--steps", metavar="N", min=1, help="Length of the run.")
     ] = 1000,
     batch: Annotated[
-        int, typer.Option("--batch", metavar="N", min=1, help="Sequences in a step.")
-    ] = 4,
+        int | None,
+        typer.Option("--batch", metavar="N", min=1, help="Sequences in a step; 4 by default."),
+    ] = None,
     accumulate: Annotated[
         int,
         typer.Option(
@@ -149,6 +161,9 @@ def train(
             help="Continue the run in --ckpt, or begin it; one that is finished is left alone.",
         ),
     ] = False,
+    compile_only: CompileOnly = False,
+    topology: Topology = None,
+    length: CompiledLength = None,
     force: Force = False,
     seed: Seed = 0,
 ) -> None:
@@ -158,6 +173,18 @@ def train(
     if it had never stopped. The folder is a checkpoint for prefill, decode and probe from the
     first save on.
     """
+    precision = None if dtype is None else dtype.value
+    sequences = {"batch": batch, "accumulate": accumulate, "data": tuple(data or ())}
+    how = {"mesh": mesh, "dtype": precision, "remat": remat, "scan": scan}
+    if data and length is not None:
+        raise UsageError("--length: that of the sequences in --data is taken; leave it out")
+    if compiled(
+        "train", compile_only, topology, length, model=model, ckpt=init, **sequences, **how
+    ):
+        return
+    require_given({"--data": data, "--ckpt": ckpt})
+    assert data is not None
+    assert ckpt is not None
     from gemtool.train.loop import TrainOptions, to_json
     from gemtool.train.loop import train as run
 
@@ -168,10 +195,10 @@ def train(
         init=init,
         vocab=vocab,
         steps=steps,
-        batch=batch,
+        batch=4 if batch is None else batch,
         accumulate=accumulate,
         mesh=mesh,
-        dtype=None if dtype is None else dtype.value,
+        dtype=precision,
         remat=remat,
         scan=scan,
         lr=lr,

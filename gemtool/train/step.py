@@ -106,8 +106,8 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     shardings: TrainState | None = None,
     execution: Execution = FLOAT32,
-) -> Callable[[TrainState, Batch, float], tuple[TrainState, Metrics]]:
-    """The jitted step. It takes a state, which it consumes, stacked micro-batches [M, B, T], and
+) -> Any:
+    """The jitted step, (state, batches, rate) -> (state, metrics). It takes a state, which it consumes, stacked micro-batches [M, B, T], and
     the learning rate. Gradients of micro-batches are accumulated, so that M changes memory and
     rounding, not the result. `shardings` are those of the state on the current mesh, if there is one.
     The state is stacked where `execution` is.

@@ -1,0 +1,108 @@
+"""`--compile-only` of train, prefill and decode."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from dataclasses import dataclass
+from typing import Literal
+
+from gemtool import log
+from gemtool.aot.topology import open_topology, prepare_process
+from gemtool.errors import UsageError
+from gemtool.runtime import setup_jax
+
+
+@dataclass(frozen=True)
+class CompileOptions:
+    """What is to be compiled, and for what; see the help of the verbs."""
+
+    topology: str | None
+    model: str | None = None
+    ckpt: str | None = None
+    data: tuple[str, ...] = ()
+    mesh: str | None = None
+    length: int | None = None
+    batch: int | None = None
+    accumulate: int = 1
+    chunk: int = 512
+    dtype: str | None = None
+    remat: bool | None = None
+    scan: bool | None = None
+
+
+TRAINING_LENGTH = 8_192
+CONTEXT_LENGTH = 1_000_000
+
+
+def compile_only(verb: Literal["train", "prefill", "decode"], options: CompileOptions) -> None:
+    """Compiles the program of a verb, and reports: JSON into a pipe, a table on a terminal.
+
+    Raises:
+        UsageError, GemtoolError: there is no such slice, or the model does not fit the mesh; the TPU
+            compiler is not installed.
+    """
+    if options.topology is None:
+        raise UsageError("--compile-only: name the slice with --topology, as in v5p:4x4x4")
+    prepare_process()
+    setup_jax()
+    from gemtool.aot import programs
+    from gemtool.aot.report import compile_program, table
+    from gemtool.checkpoint import open_checkpoint
+    from gemtool.model.execution import Execution, training_on
+    from gemtool.model.mesh import describe, parse_mesh
+    from gemtool.train.loader import open_data
+    from gemtool.train.loop import fit_to_data, load_model
+
+    topology = open_topology(options.topology)
+    if options.ckpt is not None:
+        config = open_checkpoint(options.ckpt).config
+    else:
+        config = load_model(options.model or "nano")
+    length = options.length
+    if options.data:
+        shards, _ = open_data(options.data[0])
+        length = shards.length
+        config = fit_to_data(config, shards.manifest["vocab"]["size"], shards.settings)
+    suits = training_on("tpu")
+    dtype = options.dtype or suits.dtype
+    if verb == "train":
+        sizes = programs.training_mesh(config, topology)
+    else:
+        sizes = programs.inference_mesh(config, topology)
+    if options.mesh is not None:
+        sizes = parse_mesh(options.mesh)
+    log.info(
+        f"compiling {config.name} for {topology.name}, which takes some minutes if it is large"
+    )
+    if verb == "train":
+        length = length or TRAINING_LENGTH
+        shares = math.prod(sizes.get(axis, 1) for axis in ("data", "fsdp", "expert"))
+        batch = options.batch or shares * options.accumulate
+        execution = Execution(
+            dtype=dtype,
+            remat=suits.remat if options.remat is None else options.remat,
+            stacked=suits.stacked if options.scan is None else options.scan,
+        )
+        sequences = {"batch": batch, "length": length, "accumulate": options.accumulate}
+        program = programs.training_program(config, topology, sizes, execution, **sequences)
+        given: dict[str, object] = sequences
+    else:
+        length = length or CONTEXT_LENGTH
+        given = {"length": length}
+        if verb == "prefill":
+            given["chunk"] = options.chunk
+            program = programs.prefill_program(
+                config, topology, sizes, dtype, length=length, chunk=options.chunk
+            )
+        else:
+            program = programs.decode_program(config, topology, sizes, dtype, length=length)
+    found = compile_program(program, topology)
+    begin = {"model": config.name, "mesh": describe(sizes), "dtype": dtype, **given}
+    row = {"program": found.pop("program"), **begin, **found}
+    if sys.stdout.isatty():
+        print(table(row), flush=True)
+    else:
+        print(json.dumps(row), flush=True)
+        log.info(row["says"])
