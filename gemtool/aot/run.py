@@ -50,6 +50,7 @@ def compile_only(verb: Literal["train", "prefill", "decode"], options: CompileOp
     from gemtool.aot import programs
     from gemtool.aot.report import compile_program, table
     from gemtool.checkpoint import open_checkpoint
+    from gemtool.data.settings import MediaSettings
     from gemtool.model.execution import Execution, training_on
     from gemtool.model.mesh import describe, parse_mesh
     from gemtool.train.loader import open_data
@@ -64,7 +65,8 @@ def compile_only(verb: Literal["train", "prefill", "decode"], options: CompileOp
     if options.data:
         shards, _ = open_data(options.data[0])
         length = shards.length
-        config = fit_to_data(config, shards.manifest["vocab"]["size"], shards.settings)
+        settings = MediaSettings(**shards.settings)
+        config = fit_to_data(config, shards.manifest["vocab"]["size"], settings)
     suits = training_on("tpu")
     dtype = options.dtype or suits.dtype
     if verb == "train":
@@ -85,9 +87,8 @@ def compile_only(verb: Literal["train", "prefill", "decode"], options: CompileOp
             remat=suits.remat if options.remat is None else options.remat,
             stacked=suits.stacked if options.scan is None else options.scan,
         )
-        sequences = {"batch": batch, "length": length, "accumulate": options.accumulate}
-        program = programs.training_program(config, topology, sizes, execution, **sequences)
-        given: dict[str, object] = sequences
+        given = {"batch": batch, "length": length, "accumulate": options.accumulate}
+        program = programs.training_program(config, topology, sizes, execution, **given)
     else:
         length = length or CONTEXT_LENGTH
         given = {"length": length}

@@ -107,10 +107,12 @@ def make_train_step(
     shardings: TrainState | None = None,
     execution: Execution = FLOAT32,
 ) -> Any:
-    """The jitted step, (state, batches, rate) -> (state, metrics). It takes a state, which it consumes, stacked micro-batches [M, B, T], and
-    the learning rate. Gradients of micro-batches are accumulated, so that M changes memory and
-    rounding, not the result. `shardings` are those of the state on the current mesh, if there is one.
-    The state is stacked where `execution` is.
+    """The jitted step, (state, batches, rate) -> (state, metrics).
+
+    It takes a state, which it consumes, stacked micro-batches [M, B, T], and the learning rate.
+    Gradients of micro-batches are accumulated, so that M changes memory and rounding, not the result.
+    `shardings` are those of the state on the current mesh, if there is one. The state is stacked where
+    `execution` is.
 
     Metrics: "loss" (mean over weights), "grad_norm" (before clipping), "expert_load" (largest ratio
     of the most chosen expert's load to the mean; absent without experts).
