@@ -95,10 +95,9 @@ def ragged(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("mesh", "choice"),
     [
-        ("expert=8", "any"),
         ("expert=4", "skewed"),
         ("expert=2,context=2,tensor=2", "any"),
-        ("data=2,expert=4", "nobody"),
+        ("expert=2", "nobody"),
     ],
 )
 @pytest.mark.usefixtures("ragged")
@@ -106,20 +105,30 @@ def test_rows_travel_without_padding(mesh: str, choice: str) -> None:
     require_equal(mesh, *arguments(8, 10, choice))
 
 
+@pytest.mark.parametrize(("mesh", "room"), [("expert=8", 0.3), ("data=2,expert=2", 1.01)])
+@pytest.mark.usefixtures("ragged")
+def test_what_does_not_fit_comes_in_further_rounds(
+    mesh: str, room: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(expert_parallel, "ROOM", room)
+    require_equal(mesh, *arguments(8, 10, "skewed", biases=True))
+
+
 @pytest.mark.usefixtures("ragged")
 def test_weighed_rows_travel_without_padding() -> None:
     arrays, ids = arguments(4, 6, biases=True)
-    require_equal("expert=4,tensor=2", arrays, ids, weigh="input", glu=Glu("geglu"))
+    require_equal("expert=2,tensor=2", arrays, ids, weigh="input", glu=Glu("geglu"))
 
 
 def test_skewed_rows_travel_in_padded_blocks() -> None:
-    require_equal("expert=4,tensor=2", *arguments(4, 10, "skewed", biases=True))
+    require_equal("expert=2,tensor=2", *arguments(4, 10, "skewed", biases=True))
 
 
-@pytest.mark.parametrize("mesh", ["expert=8", "data=2,expert=2,tensor=2", "expert=4,context=2"])
-def test_rows_that_all_devices_have_do_not_travel(mesh: str) -> None:
-    require_equal(mesh, *arguments(1, 6, biases=True))
-    require_equal(mesh, *arguments(1, 6, biases=True), weigh="input")
+@pytest.mark.parametrize(
+    ("mesh", "weigh"), [("data=2,expert=2,tensor=2", "output"), ("expert=4,context=2", "input")]
+)
+def test_rows_that_all_devices_have_do_not_travel(mesh: str, weigh: str) -> None:
+    require_equal(mesh, *arguments(1, 6, biases=True), weigh=weigh)
 
 
 def abstract_mesh(text: str) -> jax.sharding.AbstractMesh:
@@ -140,10 +149,11 @@ def program(arrays: Any, ids: jax.Array, platform: str) -> str:
 
 @pytest.mark.parametrize(
     ("platform", "batch", "ragged", "padded"),
-    [("cpu", 8, 0, 5), ("cpu", 1, 0, 0), ("tpu", 8, 4, 3), ("tpu", 1, 0, 0)],
+    [("cpu", 8, 0, 5), ("cpu", 1, 0, 0), ("tpu", 8, 4 + 6, 3), ("tpu", 1, 0, 0)],
 )
 def test_what_is_sent(platform: str, batch: int, ragged: int, padded: int) -> None:
-    """There, back, and the same for gradients; ahead of it who sends how much, or which rows."""
+    """There, back, and the same for gradients; ahead of it whose the rows are, or who sends how many;
+    and the same again in the loops over further rounds, whose backward pass goes there once more."""
     text = program(*arguments(batch, 6), platform)
     assert text.count("@ragged_all_to_all(") == ragged
     assert text.count('"stablehlo.all_to_all"') == padded
