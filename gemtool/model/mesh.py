@@ -11,7 +11,7 @@ Every mesh has the same five axes, of size 1 where they are not used:
 
 `RULES` is the one table that maps the meaning of an array's axis to axes of the mesh. Dense parts of
 the model are left to XLA's partitioner, which follows the shardings of parameters and activations;
-attention and experts say themselves what is sent where (`parallel.py`).
+attention and experts say themselves what is sent where (`parallel.py`, `expert_parallel.py`).
 """
 
 from __future__ import annotations

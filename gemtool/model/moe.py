@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 
 from gemtool.model.config import ModelConfig, MoEConfig
+from gemtool.model.expert_parallel import routed_experts
 from gemtool.model.layers import gated_mlp, glu_of
-from gemtool.model.parallel import on_rows, routed_experts
+from gemtool.model.parallel import on_rows
 from gemtool.model.params import Tree
 
 Stats = dict[str, jax.Array]

@@ -1,4 +1,4 @@
-"""Attention and experts on a mesh: what each device computes, and what it sends to which.
+"""Attention and tables on a mesh: what each device computes, and what it sends to which.
 
 Without a current mesh (`jax.set_mesh`) these are the kernels themselves. On one, each function runs
 per device (`jax.shard_map`):
@@ -26,7 +26,6 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from gemtool.kernels.attention import flash_attention, merge_attention, partial_attention
-from gemtool.kernels.experts import expert_mlp
 from gemtool.model.mesh import AXES, current_mesh, partition
 
 
@@ -297,117 +296,6 @@ def _visit(
 def _earlier(segments: jax.Array, by: jax.Array) -> jax.Array:
     """Segments of the device `by` places before, as padding where the ring began anew: later ones."""
     return jnp.where(jax.lax.axis_index("context") >= by, segments, 0)
-
-
-def routed_experts(
-    x: jax.Array,
-    ids: jax.Array,
-    weights: jax.Array,
-    w: dict[str, jax.Array],
-    *,
-    weigh: str = "output",
-    **options: Any,
-) -> jax.Array:
-    """The weighted sum of each row's chosen experts.
-
-    `x` [..., D], on a mesh [B, T, D]; `ids` int32 [..., C], distinct for a row, E for none; `weights`
-    [..., C], of each expert's "output" or, as `weigh` says, of its "input"; `w` and `options` are the
-    other arguments of `expert_mlp`, the former with a leading axis E. Returns an array like `x`.
-    """
-    mesh = current_mesh()
-    if mesh is None:
-        return _weighed(_flat, weigh, x, ids, weights, w, options)
-    rows = partition(("batch", "length", None), x.shape, mesh)
-    hidden = {"w_down": 1, "b_down": None}  # which axis has the hidden units; the last of others
-    specs = {}
-    for name, array in w.items():
-        axes: list[str | None] = ["expert", *[None] * (array.ndim - 1)]
-        if (axis := hidden.get(name, -1)) is not None:
-            axes[axis] = "tensor"
-        specs[name] = PartitionSpec(*axes)
-    size, copies = mesh.shape["expert"], mesh.shape["tensor"]
-    run = functools.partial(_travel, size) if size > 1 else _flat
-
-    def local(
-        x: jax.Array, ids: jax.Array, weights: jax.Array, w: dict[str, jax.Array]
-    ) -> jax.Array:
-        if "b_down" in w:
-            w = {**w, "b_down": w["b_down"] / copies}
-        return _weighed(run, weigh, x, ids, weights, w, options)[None]
-
-    # Each device of the tensor axis has a part of the hidden units: their sums are summed here.
-    parts = jax.shard_map(
-        local,
-        in_specs=(rows, rows, rows, specs),
-        out_specs=PartitionSpec("tensor", *rows),
-        check_vma=False,
-    )(x, ids, weights, w)
-    return jnp.sum(parts, axis=0)
-
-
-def _weighed(
-    run: Callable[..., jax.Array],
-    weigh: str,
-    x: jax.Array,
-    ids: jax.Array,
-    weights: jax.Array,
-    w: dict[str, jax.Array],
-    options: dict[str, Any],
-) -> jax.Array:
-    """`run` with weights of outputs; where inputs are weighed, each choice is a row of its own."""
-    if weigh == "output":
-        return run(x, ids, weights, w, options)
-    inputs = (x[..., None, :] * weights[..., None].astype(x.dtype)).reshape(-1, x.shape[-1])
-    y = run(inputs, ids.reshape(-1, 1), jnp.ones((len(inputs), 1), weights.dtype), w, options)
-    return jnp.sum(y.reshape(*ids.shape, x.shape[-1]), axis=-2)
-
-
-def _flat(
-    x: jax.Array,
-    ids: jax.Array,
-    weights: jax.Array,
-    w: dict[str, jax.Array],
-    options: dict[str, Any],
-) -> jax.Array:
-    rows, choices, shares = (a.reshape(-1, a.shape[-1]) for a in (x, ids, weights))
-    given: dict[str, Any] = {**w, **options}
-    return expert_mlp(rows, choices, shares, **given).reshape(x.shape)
-
-
-def _travel(
-    size: int,
-    x: jax.Array,
-    ids: jax.Array,
-    weights: jax.Array,
-    w: dict[str, jax.Array],
-    options: dict[str, Any],
-) -> jax.Array:
-    """Rows to the devices of their experts and back, by all-to-all.
-
-    A device may be sent up to all rows of another one, so that none is ever dropped: there is room
-    for so many from each.
-    """
-    experts, choices, width = len(w["w_gate"]), ids.shape[-1], x.shape[-1]
-    flat = x.reshape(-1, width)
-    room = len(flat) * min(choices, experts)
-    to, at_home = (ids // experts).reshape(-1), (ids % experts).reshape(-1)
-    token = jnp.arange(to.shape[0], dtype=jnp.int32) // choices
-    # Place of a pair among those for the same device, in order.
-    same = to[:, None] == jnp.arange(size, dtype=jnp.int32)[None, :]
-    rank = jnp.sum(jnp.where(same, jnp.cumsum(same.astype(jnp.int32), axis=0) - 1, 0), axis=1)
-    place = jnp.where(to < size, to * room + rank, size * room)
-    sent = jnp.zeros((size * room, width), x.dtype).at[place].set(flat[token], mode="drop")
-    sent_ids = jnp.full(size * room, experts, jnp.int32).at[place].set(at_home, mode="drop")
-    rows, row_ids = (_exchange(array) for array in (sent, sent_ids))
-    y = _flat(rows, row_ids[:, None], jnp.ones((len(rows), 1), x.dtype), w, options)
-    back = _exchange(y).at[place].get(mode="fill", fill_value=0)
-    back = back.reshape(*ids.shape, width)
-    return jnp.einsum("...cd,...c->...d", back, weights.astype(x.dtype))
-
-
-def _exchange(x: jax.Array) -> jax.Array:
-    """Block i of each device to device i of the expert axis."""
-    return jax.lax.all_to_all(x, "expert", split_axis=0, concat_axis=0, tiled=True)
 
 
 def sum_over_positions(

@@ -15,9 +15,13 @@ import jax.numpy as jnp
 
 from gemtool.kernels.attention.reference import attention_reference
 from gemtool.kernels.attention.xla import attention_xla
-from gemtool.kernels.dispatch import dispatch
+from gemtool.kernels.dispatch import deferred, dispatch
 
-IMPLEMENTATIONS = {"xla": attention_xla, "reference": attention_reference}
+IMPLEMENTATIONS = {
+    "gpu": deferred("gemtool.kernels.attention.gpu", "attention_gpu"),
+    "xla": attention_xla,
+    "reference": attention_reference,
+}
 
 
 def flash_attention(q: jax.Array, k: jax.Array, v: jax.Array, **options: Any) -> jax.Array:

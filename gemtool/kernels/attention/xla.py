@@ -141,7 +141,7 @@ class _Plan:
             q_segments = jnp.pad(q_segments, ((0, 0), (0, pad))).reshape(-1, queries)
             pad = _round_up(capacity, keys) - capacity
             blocks = jnp.pad(kv_segments, ((0, 0), (0, pad))).reshape(batch, -1, keys)
-            segment_range = _range_of(blocks)
+            segment_range = range_of(blocks)
         return cls(
             options=options,
             q_start=q_start,
@@ -220,7 +220,7 @@ class _Plan:
             # Overlapping ranges of segment numbers are necessary for a pair to match: this skips
             # other documents of a packed sequence, however segments are arranged.
             least, greatest = (x[row] for x in self.segment_range)
-            low, high = _range_of(self.q_segments[step])
+            low, high = range_of(self.q_segments[step])
             meet = (least <= high) & (greatest >= low)
             count = meet.shape[0]
             before = jnp.argmax(meet).astype(jnp.int32)
@@ -392,7 +392,7 @@ def _add_at(buffer: jax.Array, at: tuple[jax.Array, ...], block: jax.Array) -> j
     return lax.dynamic_update_slice(buffer, lax.dynamic_slice(buffer, at, block.shape) + block, at)
 
 
-def _range_of(segments: jax.Array) -> tuple[jax.Array, jax.Array]:
+def range_of(segments: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Least and greatest segment on the last axis, padding (0) aside: an empty range if all is."""
     least = jnp.where(segments == 0, np.iinfo(np.int32).max, segments).min(axis=-1)
     return least, segments.max(axis=-1)
