@@ -106,8 +106,10 @@ def _step_kv(
 
 
 @partial(jax.jit, static_argnames=("config", "kind"))
-def _encode(params: Tree, config: ModelConfig, kind: str, values: jax.Array) -> jax.Array:
-    return transformer.encode_media(params, config, kind, values)
+def _encode(
+    params: Tree, config: ModelConfig, kind: str, values: jax.Array, rows: jax.Array
+) -> jax.Array:
+    return transformer.encode_media(params, config, kind, values, rows).astype(jnp.float32)
 
 
 @partial(jax.jit, static_argnames="size")
@@ -360,9 +362,10 @@ class Engine:
         arrays = state_arrays(self.config, self._empty(0))
         return sum(array.nbytes for array in arrays.values())
 
-    def encode(self, kind: str, values: np.ndarray) -> np.ndarray:
-        """Soft tokens float32 [N, P, D] of raw features [N, P, F]."""
-        return np.asarray(_encode(self.params, self.config, kind, values))
+    def encode(self, kind: str, values: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """Soft tokens float32 [N, P, D] of raw features [N, P, F], of which the first `rows`
+        int32 [N] of each group are real."""
+        return np.asarray(_encode(self.params, self.config, kind, values, rows))
 
     def tiles(self, pieces: Iterable[Piece], boundary: int | None = None) -> Iterator[Tile]:
         """The tiles in which `prefill` runs a document."""

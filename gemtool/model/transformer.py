@@ -29,7 +29,7 @@ from gemtool.model.config import LayerKind, ModelConfig
 from gemtool.model.layers import gated_mlp, glu_of, norm, soft_cap
 from gemtool.model.mesh import constrain
 from gemtool.model.moe import Stats, moe_mlp, router_loss
-from gemtool.model.parallel import embedding_rows
+from gemtool.model.parallel import embedding_rows, on_groups
 from gemtool.model.params import Tree
 
 
@@ -43,19 +43,26 @@ def embed(
     x = embedding_rows(params["embedding"], tokens) * jnp.float32(config.embedding_scale)
     flat = x.reshape(-1, config.d_model)
     for kind, groups in (media or {}).items():
-        soft = encode_media(params, config, kind, groups.values)
+        soft = encode_media(params, config, kind, groups.values, groups.rows)
         row = jnp.arange(soft.shape[1], dtype=jnp.int32)[None, :]
         # Rows that do not exist get an index past the end, which the scatter drops.
         where = jnp.where(row < groups.rows[:, None], groups.at[:, None] + row, flat.shape[0])
-        flat = flat.at[where].set(soft, mode="drop")
+        flat = flat.at[where].set(soft.astype(flat.dtype), mode="drop")
     return flat.reshape(x.shape)
 
 
-def encode_media(params: Tree, config: ModelConfig, kind: str, values: jax.Array) -> jax.Array:
-    """Raw features [N, P, F] of "visual" or "audio" -> soft tokens float32 [N, P, D]."""
+def encode_media(
+    params: Tree, config: ModelConfig, kind: str, values: jax.Array, rows: jax.Array
+) -> jax.Array:
+    """Raw features [N, P, F] of "visual" or "audio", the first `rows` int32 [N] of each group real ->
+    soft tokens [N, P, D] in the dtype of the parameters."""
     encoder = config.encoder(kind)
+
+    def encode(p: Tree, values: jax.Array, rows: jax.Array) -> jax.Array:
+        return encoders.encode(p, encoder, values, rows, config.norm_eps)
+
     with jax.named_scope(f"encode_{kind}"):
-        return encoders.encode(params["encoders"][kind], encoder, values, config.norm_eps)
+        return on_groups(encode, params["encoders"][kind], values, rows)
 
 
 def forward(params: Tree, config: ModelConfig, batch: Batch) -> tuple[jax.Array, dict[str, Any]]:
