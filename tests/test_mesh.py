@@ -52,7 +52,11 @@ CONFIG = ModelConfig.from_dict(
             },
         },
         "moe": {"experts": 8, "top_k": 3, "d_expert": 16, "shared_experts": 1},
-        "encoders": {"visual": {"tokens": 4, "features": 12, "hidden": 16}},
+        "encoders": {
+            "visual": {
+                "tokens": 4, "features": 12, "width": 16, "hidden": 16, "heads": 2, "overlap": 1
+            }
+        },
     }
 )  # fmt: skip
 

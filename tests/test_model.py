@@ -43,8 +43,8 @@ TINY = ModelConfig(
     d_ff=48,
     moe=MoEConfig(experts=4, top_k=2, d_expert=16),
     encoders=(
-        EncoderConfig("visual", tokens=16, features=12, hidden=24, depth=1),
-        EncoderConfig("audio", tokens=5, features=10, hidden=24),
+        EncoderConfig("visual", 16, features=12, width=16, hidden=24, heads=2, overlap=1),
+        EncoderConfig("audio", 5, features=8, width=16, hidden=24, mels=2, kernels=(3, 6)),
     ),
     kv_dtype="float32",
 )
@@ -118,7 +118,7 @@ def random_media(seed: int, absent: bool = False) -> dict[str, MediaGroups]:
             rng.integers(0, 256, (3, 16, 12), np.uint8), at, np.array([16, 16, 16], np.int32)
         ),
         "audio": MediaGroups(
-            rng.normal(size=(1, 5, 10)).astype(np.float16),
+            rng.normal(size=(1, 5, 8)).astype(np.float16),
             np.array([30 + far], np.int32),
             np.array([3], np.int32),
         ),
@@ -313,20 +313,16 @@ def test_media_fill_their_soft_positions_only() -> None:
     p, tokens, media = random_params(TINY), random_tokens(9), random_media(10)
     plain = transformer.embed(p, TINY, tokens).reshape(-1, 32)
     mixed = transformer.embed(p, TINY, tokens, media).reshape(-1, 32)
-    frames = transformer.encode_media(p, TINY, "visual", media["visual"].values)
-    sound = transformer.encode_media(p, TINY, "audio", media["audio"].values)
+    frames, sound = (
+        transformer.encode_media(p, TINY, kind, media[kind].values, media[kind].rows)
+        for kind in ("visual", "audio")
+    )
     expected = np.array(plain)
     expected[3:19], expected[LENGTH + 60 : LENGTH + 76] = frames[0], frames[1]
     expected[30:33] = sound[0, :3]
     np.testing.assert_array_equal(mixed, expected)
-    with pytest.raises(GemtoolError, match="no audio encoder"):
-        transformer.encode_media(p, dataclasses.replace(TINY, encoders=()), "audio", sound)
-
-
-def test_flat_patches_and_silence_are_finite() -> None:
-    p = random_params(TINY)
-    flat = jnp.full((1, 16, 12), 255, jnp.uint8)
-    assert bool(jnp.isfinite(transformer.encode_media(p, TINY, "visual", flat)).all())
+    with pytest.raises(GemtoolError, match="no visual encoder"):
+        transformer.embed(p, dataclasses.replace(TINY, encoders=()), tokens, media)
 
 
 # --- recall by construction -----------------------------------------------------------------------

@@ -61,8 +61,12 @@ def tiny(vocab_size: int, layers: str = "LGL", kv_dtype: str = "float16") -> Mod
             "kinds": {"L": window, "G": full},
             "moe": {"experts": 4, "top_k": 2, "d_expert": 16},
             "encoders": {
-                "visual": {"tokens": 64, "features": 588, "hidden": 16},
-                "audio": {"tokens": 25, "features": 320, "hidden": 16},
+                "visual": {
+                    "tokens": 64, "features": 588, "width": 16, "hidden": 16, "overlap": 3,
+                },
+                "audio": {
+                    "tokens": 25, "features": 320, "width": 16, "hidden": 16, "kernels": [3, 6],
+                },
             },
         }
     )  # fmt: skip

@@ -65,7 +65,7 @@ def compile_only(verb: Literal["train", "prefill", "decode"], options: CompileOp
     if options.data:
         shards, _ = open_data(options.data[0])
         length = shards.length
-        settings = MediaSettings(**shards.settings)
+        settings = MediaSettings.from_dict(shards.settings)
         config = fit_to_data(config, shards.manifest["vocab"]["size"], settings)
     suits = training_on("tpu")
     dtype = options.dtype or suits.dtype

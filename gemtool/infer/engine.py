@@ -80,7 +80,7 @@ def _embedded(
     x = transformer.embed(params, config, tokens[None, :])
     if soft is not None:
         vectors, present = soft
-        x = jnp.where(present[None, :, None], vectors[None], x)
+        x = jnp.where(present[None, :, None], vectors[None].astype(x.dtype), x)
     return x
 
 
@@ -118,8 +118,10 @@ def _step_kv(
 
 
 @partial(jax.jit, static_argnames=("config", "kind"))
-def _encode(params: Tree, config: ModelConfig, kind: str, values: jax.Array) -> jax.Array:
-    return transformer.encode_media(params, config, kind, values)
+def _encode(
+    params: Tree, config: ModelConfig, kind: str, values: jax.Array, rows: jax.Array
+) -> jax.Array:
+    return transformer.encode_media(params, config, kind, values, rows).astype(jnp.float32)
 
 
 @partial(jax.jit, static_argnames="size")
@@ -388,10 +390,12 @@ class Engine:
         _, state = abstract_sequence(self.config, 0)
         return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(state))
 
-    def encode(self, kind: str, values: np.ndarray) -> np.ndarray:
-        """Soft tokens float32 [N, P, D] of raw features [N, P, F]."""
+    def encode(self, kind: str, values: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """Soft tokens float32 [N, P, D] of raw features [N, P, F], of which the first `rows`
+        int32 [N] of each group are real."""
         with self.on_mesh():
-            return np.asarray(_encode(self.params, self.config, kind, values))
+            soft = _encode(self.params, self.config, kind, values, rows)
+        return np.asarray(soft, np.float32)
 
     def tiles(self, pieces: Iterable[Piece], boundary: int | None = None) -> Iterator[Tile]:
         """The tiles in which `prefill` runs a document."""

@@ -23,8 +23,9 @@ _QUEUE_TOKENS = 8192
 
 _SOFT = np.array(sorted(PLACEHOLDERS), np.int32)
 
-Encode = Callable[[str, np.ndarray], np.ndarray]
-"""(kind, raw features [GROUPS, P, F]) -> soft tokens float32 [GROUPS, P, D]."""
+Encode = Callable[[str, np.ndarray, np.ndarray], np.ndarray]
+"""(kind, raw features [GROUPS, P, F], real rows int32 [GROUPS]) -> soft tokens float32
+[GROUPS, P, D]."""
 
 
 @dataclass(frozen=True)
@@ -119,19 +120,21 @@ def _encoded(queue: list[Span], config: ModelConfig, encode: Encode) -> Iterator
             encoder = config.encoder(kind)
             shape = (GROUPS, encoder.tokens, encoder.features)
             values = np.zeros(shape, np.uint8 if kind == "visual" else np.float16)
+            rows = np.zeros(GROUPS, np.int32)
             for slot, i in enumerate(batch):
                 payload = queue[i].payload
                 assert payload is not None
                 values[slot, : len(payload)] = payload.reshape(len(payload), -1)
-            soft |= dict(zip(batch, encode(kind, values), strict=False))
+                rows[slot] = len(payload)
+            soft |= dict(zip(batch, encode(kind, values, rows), strict=False))
     for i, span in enumerate(queue):
         if i not in soft:
             yield Piece(span.tokens)
             continue
         at = soft_positions(span.tokens)
-        rows = np.zeros((len(span.tokens), config.d_model), np.float32)
-        rows[at] = soft[i][: np.count_nonzero(at)]
-        yield Piece(span.tokens, rows)
+        vectors = np.zeros((len(span.tokens), config.d_model), np.float32)
+        vectors[at] = soft[i][: np.count_nonzero(at)]
+        yield Piece(span.tokens, vectors)
 
 
 def tiles_of(

@@ -130,7 +130,8 @@ class Planner:
             values = np.zeros((GROUPS, encoder.tokens, encoder.features), np.float16)
             if kind == "visual":
                 values = values.astype(np.uint8)
-            self._media[kind] = _seconds(lambda: self._engine.encode(kind, values)) / GROUPS
+            rows = np.full(GROUPS, encoder.tokens, np.int32)
+            self._media[kind] = _seconds(lambda: self._engine.encode(kind, values, rows)) / GROUPS
         return self._media[kind]
 
     def plan(self, spans: Iterable[Span]) -> Plan:

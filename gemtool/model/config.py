@@ -98,34 +98,98 @@ class EncoderConfig:
     """The network that turns one modality's raw features into soft tokens.
 
     `kind`         "visual" or "audio".
-    `tokens`       most soft tokens a group: patches of a frame (256 or 64), or of a second of audio.
+    `tokens`       soft tokens a group: patches of a frame (256 or 64), or of a second of audio.
     `features`     raw features a soft token: 588 = 14 x 14 pixels x 3; 320 = 4 log-mel frames x 80.
-    `normalise`    "row": each soft token to mean 0 and deviation 1; "pixel": x / 127.5 - 1; "none".
-    `depth`        residual MLP blocks after the first projection.
+    `width`        of the layers; the last projection leads to the decoder's width.
+    `depth`        bidirectional transformer layers within a group.
+    `heads`        of their attention, each of width / heads dimensions.
+    `hidden`       width of their feed-forward networks.
+    `normalise`    "row": what a soft token is made of, its window of pixels or its log-mel frames, to
+                   mean 0 and deviation 1; "pixel": x / 127.5 - 1; "none".
+    `overlap`      visual: pixels of the neighbouring patches that a patch sees beyond each side; with
+                   7, patches of 14 pixels see windows of 28.
+    `mels`         audio: bands of a log-mel frame; a soft token is features / mels frames.
+    `kernels`      audio: how many frames each convolution of the stem spans. The last one makes soft
+                   tokens: it moves on by a token's frames at a time.
     """
 
     kind: str
     tokens: int
     features: int
-    hidden: int = 256
-    depth: int = 0
+    width: int
+    hidden: int
+    depth: int = 1
+    heads: int = 1
     normalise: str = "row"
+    overlap: int = 0
+    mels: int = 80
+    kernels: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         where = f"encoder {self.kind!r}"
         choice("encoders", self, "kind", ("visual", "audio"))
-        positive(where, self, "tokens", "features", "hidden")
+        positive(where, self, "tokens", "features", "width", "hidden", "heads", "mels")
         choice(where, self, "normalise", ("row", "pixel", "none"))
-        not_negative(where, self, "depth")
+        not_negative(where, self, "depth", "overlap")
+        # Two places of a patch, each with pairs of dimensions to rotate; one of a moment.
+        pairs = 4 if self.kind == "visual" else 2
         require(
-            self.kind != "visual" or self.side**2 == self.tokens,
+            self.width % (self.heads * pairs) == 0,
+            f"{where}: width ({self.width}) must be a multiple of {pairs} x heads ({self.heads})",
+        )
+        if self.kind == "visual":
+            self._check_visual(where)
+        else:
+            self._check_audio(where)
+
+    def _check_visual(self, where: str) -> None:
+        require(
+            self.side**2 == self.tokens,
             f"{where}: tokens must be a square number of patches, not {self.tokens}",
         )
+        require(
+            3 * self.patch**2 == self.features,
+            f"{where}: features must be 3 x a square number of pixels, not {self.features}",
+        )
+        require(
+            self.overlap <= self.patch,
+            f"{where}: overlap ({self.overlap}) must not exceed the patch, {self.patch} pixels wide",
+        )
+        require(self.kernels == (), f"{where}: kernels are for audio")
+
+    def _check_audio(self, where: str) -> None:
+        require(
+            self.features % self.mels == 0,
+            f"{where}: features ({self.features}) must be a multiple of mels ({self.mels})",
+        )
+        require(self.overlap == 0, f"{where}: overlap is for visual encoders")
+        require(self.kernels != (), f"{where}: kernels must have at least one convolution")
+        for kernel, stride in zip(self.kernels, self.strides, strict=True):
+            require(
+                kernel >= stride and (kernel - stride) % 2 == 0,
+                f"{where}: kernels {[*self.kernels]}: a convolution that moves on by {stride} spans "
+                f"{stride}, {stride + 2}, {stride + 4}, ... frames, not {kernel}",
+            )
 
     @property
     def side(self) -> int:
         """Patches along one side of a square frame."""
         return round(self.tokens**0.5)
+
+    @property
+    def patch(self) -> int:
+        """Pixels along one side of a square patch."""
+        return round((self.features / 3) ** 0.5)
+
+    @property
+    def head_dim(self) -> int:
+        """Dimensions of a head of attention."""
+        return self.width // self.heads
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Frames that each convolution of the stem moves on by."""
+        return (*[1] * (len(self.kernels) - 1), self.features // self.mels)
 
 
 @dataclass(frozen=True)

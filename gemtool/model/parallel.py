@@ -8,7 +8,8 @@ per device (`jax.shard_map`):
 * full attention passes keys and values round the ring of the context axis, merging what it attends
   to piece by piece (ring attention, arXiv 2310.01889); its backward pass goes round once more, with
   the gradients of keys and values travelling along, so that no device ever holds all of them;
-* experts: each row travels to the device that holds its expert, and back.
+* experts: each row travels to the device that holds its expert, and back;
+* media encoders: each device encodes its share of the groups.
 
 Axes: B sequences, T positions, H query heads, N key/value heads, K head dimension, D model; within a
 device they are that device's share.
@@ -69,6 +70,38 @@ def on_rows(function: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Arr
         return function(x)
     rows = partition(("batch", "length", None), x.shape, mesh)
     return jax.shard_map(function, in_specs=rows, out_specs=rows, check_vma=False)(x)
+
+
+def on_groups(
+    function: Callable[[Any, jax.Array, jax.Array], jax.Array],
+    params: Any,
+    values: jax.Array,
+    rows: jax.Array,
+) -> jax.Array:
+    """`function(params, values, rows)` [N, P, D] that treats each media group by itself: `values`
+    [N, P, F], `rows` int32 [N].
+
+    On a mesh every device computes its share of the groups, with all of the parameters, and gets
+    what the others computed. Groups are dealt out like cards: those that exist come first.
+    """
+    mesh = current_mesh()
+    if mesh is None:
+        return function(params, values, rows)
+    count = rows.shape[0]
+
+    def deal(x: jax.Array) -> jax.Array:
+        x = jnp.pad(x, ((0, -count % mesh.size), *[(0, 0)] * (x.ndim - 1)))
+        return x.reshape(-1, mesh.size, *x.shape[1:])
+
+    def local(params: Any, values: jax.Array, rows: jax.Array) -> jax.Array:
+        return function(params, values[:, 0], rows[:, 0])[:, None]
+
+    dealt, everywhere = PartitionSpec(None, AXES), PartitionSpec()
+    soft = jax.shard_map(
+        local, in_specs=(everywhere, dealt, dealt), out_specs=dealt, check_vma=False
+    )(params, deal(values), deal(rows))
+    soft = jax.lax.with_sharding_constraint(soft, everywhere)
+    return soft.reshape(-1, *soft.shape[2:])[:count]
 
 
 def packed_attention(

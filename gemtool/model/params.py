@@ -170,30 +170,61 @@ def _moe(config: ModelConfig) -> Tree:
 
 
 def _encoder(config: ModelConfig, encoder: EncoderConfig) -> Tree:
-    d, hidden = config.d_model, encoder.hidden
-    # What is seen and where start half as large as a token embedding each: together about as large.
-    deviation = config.embedding_scale * d**-0.5 / 2
-    tree: Tree = {
-        "in": ParamSpec(
-            (encoder.features, hidden), ("features", "mlp"), scale=encoder.features**-0.5
-        ),
-        "in_bias": ParamSpec((hidden,), ("mlp",), "constant", 0.0),
-        "out": ParamSpec((hidden, d), ("mlp", "embed"), scale=2 * deviation * hidden**-0.5),
-    }
+    width = encoder.width
+    tree: Tree = {}
+    half = 0.5**0.5  # what is seen and where start with half of the variance each
     if encoder.kind == "visual":
-        tree["row"] = ParamSpec((encoder.side, d), (None, "embed"), scale=deviation)
-        tree["column"] = ParamSpec((encoder.side, d), (None, "embed"), scale=deviation)
+        fan_in = 3 * (encoder.patch + 2 * encoder.overlap) ** 2
+        scale = half * fan_in**-0.5
+        tree["patch"] = ParamSpec((fan_in, width), ("features", "embed"), scale=scale)
+        tree["patch_bias"] = _bias((width,), "embed")
+        place = ParamSpec((encoder.side, width), (None, "embed"), scale=half * half)
+        tree["row"] = tree["column"] = place
     else:
-        tree["position"] = ParamSpec((encoder.tokens, d), (None, "embed"), scale=deviation)
-    tree["blocks"] = {
-        str(i): {
-            "norm": ParamSpec((d,), ("embed",), "constant", 1.0),
-            "in": ParamSpec((d, hidden), ("embed", "mlp"), scale=d**-0.5),
-            "out": ParamSpec((hidden, d), ("mlp", "embed"), scale=deviation * hidden**-0.5),
-        }
-        for i in range(encoder.depth)
-    }
+        tree["stem"] = {}
+        for i, frames in enumerate(encoder.kernels):
+            channels = width if i else encoder.mels
+            shape, scale = (frames, channels, width), (frames * channels) ** -0.5
+            tree["stem"][str(i)] = {
+                "kernel": ParamSpec(shape, (None, "features", "embed"), scale=scale),
+                "bias": _bias((width,), "embed"),
+            }
+        tree["position"] = ParamSpec((encoder.tokens, width), (None, "embed"), scale=half)
+    tree["layers"] = {str(i): _encoder_layer(encoder) for i in range(encoder.depth)}
+    tree["norm"] = _ones(width, "embed")
+    # Soft tokens start as large as token embeddings.
+    scale = config.embedding_scale * (config.d_model * width) ** -0.5
+    tree["out"] = ParamSpec((width, config.d_model), ("mlp", "embed"), scale=scale)
     return tree
+
+
+def _encoder_layer(encoder: EncoderConfig) -> Tree:
+    width, hidden, heads, head_dim = encoder.width, encoder.hidden, encoder.heads, encoder.head_dim
+    scale = width**-0.5
+    out = (2 * encoder.depth) ** -0.5  # smaller in deep encoders, as in `_out_scale`
+    qkv = ParamSpec((width, heads, head_dim), ("embed", "heads", "head_dim"), scale=scale)
+    return {
+        "attention_norm": _ones(width, "embed"),
+        "attention": {
+            "q": qkv,
+            "k": qkv,
+            "v": qkv,
+            "q_norm": _ones(head_dim, "head_dim"),
+            "k_norm": _ones(head_dim, "head_dim"),
+            "o": ParamSpec(
+                (heads, head_dim, width), ("heads", "head_dim", "embed"), scale=out * scale
+            ),
+        },
+        "mlp_norm": _ones(width, "embed"),
+        "mlp": {
+            "in": ParamSpec((width, hidden), ("embed", "mlp"), scale=scale),
+            "out": ParamSpec((hidden, width), ("mlp", "embed"), scale=out * hidden**-0.5),
+        },
+    }
+
+
+def _ones(width: int, axis: str) -> ParamSpec:
+    return ParamSpec((width,), (axis,), "constant", 1.0)
 
 
 # --- what is read off the table -------------------------------------------------------------------
@@ -303,7 +334,7 @@ def describe(config: ModelConfig) -> str:
     return "\n".join([*lines, f"total {total:,}  active per token {active:,}", ""])
 
 
-_ALWAYS_FLOAT32 = ("router", "router_bias", "bias", "sink", "log_temperature")
+_ALWAYS_FLOAT32 = ("router", "router_bias", "sink", "log_temperature")
 
 
 def in_dtype(params: Tree, dtype: Any) -> Tree:
@@ -314,11 +345,12 @@ def in_dtype(params: Tree, dtype: Any) -> Tree:
 
     def cast(path: str, leaf: Any) -> Any:
         name = path.rpartition("/")[2]
-        return leaf if name in _ALWAYS_FLOAT32 or name.endswith("norm") else leaf.astype(dtype)
+        stays = name in _ALWAYS_FLOAT32 or name.endswith("norm") or is_balance_bias(path)
+        return leaf if stays else leaf.astype(dtype)
 
     return unflatten({path: cast(path, leaf) for path, leaf in flatten(params).items()})
 
 
 def is_balance_bias(path: str) -> bool:
     """Whether a path names a router's balance bias: moved by load (see moe.py), not by gradient."""
-    return path.endswith("/moe/bias")
+    return path.endswith("moe/bias")

@@ -19,9 +19,14 @@ def rotary(
     `x` [B, T, H, K] and `positions` int32 [B or 1, T] -> [B, T, H, K]. Scores of rotated queries
     and keys depend on the difference of positions only.
     """
-    half = x.shape[-1] // 2
     frequency, amplitude = frequencies(x.shape[-1], theta, scaling)
     angle = jnp.einsum("bt,f->btf", positions.astype(jnp.float32), jnp.asarray(frequency))
+    return rotate(x, angle, amplitude)
+
+
+def rotate(x: jax.Array, angle: jax.Array, amplitude: float = 1.0) -> jax.Array:
+    """`x` [B, T, H, K] with its pairs of values turned by `angle` [B or 1, T, K / 2], in radians."""
+    half = x.shape[-1] // 2
     angle = angle[:, :, None, :]
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     if amplitude != 1:

@@ -18,6 +18,7 @@ _SCALARS: dict[str, tuple[type, ...]] = {
     "float": (int, float),
     "bool": (bool,),
 }
+_INTS = "tuple[int, ...]"
 
 
 def build(cls: type[Any], table: dict[str, Any], where: str) -> Any:
@@ -38,6 +39,10 @@ def build(cls: type[Any], table: dict[str, Any], where: str) -> Any:
             not isinstance(value, wanted) or (isinstance(value, bool) and bool not in wanted)
         ):
             raise ConfigError(f"{where}: {key} must be {fields[key].type}, not {value!r}")
+        if fields[key].type == _INTS and not (
+            isinstance(value, (list, tuple)) and all(type(entry) is int for entry in value)
+        ):
+            raise ConfigError(f"{where}: {key} must be a list of int, not {value!r}")
     missing = [
         name
         for name, field in fields.items()
@@ -46,7 +51,9 @@ def build(cls: type[Any], table: dict[str, Any], where: str) -> Any:
     if missing:
         raise ConfigError(f"{where}: missing {', '.join(missing)}")
     # TOML writes 10000 where a float is meant; one spelling, so that equal configs compare equal.
-    values = {k: float(v) if fields[k].type == "float" else v for k, v in table.items()}
+    # Lists become tuples, which are hashable.
+    spell = {"float": float, _INTS: tuple}
+    values = {k: spell.get(str(fields[k].type), lambda v: v)(v) for k, v in table.items()}
     return cls(**values)
 
 

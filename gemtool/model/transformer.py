@@ -32,7 +32,7 @@ from gemtool.model.execution import FLOAT32, Execution
 from gemtool.model.layers import gated_mlp, glu_of, norm, soft_cap
 from gemtool.model.mesh import constrain
 from gemtool.model.moe import Stats, moe_mlp, router_loss
-from gemtool.model.parallel import embedding_rows
+from gemtool.model.parallel import embedding_rows, on_groups
 from gemtool.model.params import Tree, in_dtype
 from gemtool.model.stacking import STACK, repeats
 
@@ -49,7 +49,7 @@ def embed(
     x = x * jnp.asarray(config.embedding_scale, x.dtype)
     flat = x.reshape(-1, config.d_model)
     for kind, groups in (media or {}).items():
-        soft = encode_media(params, config, kind, groups.values)
+        soft = encode_media(params, config, kind, groups.values, groups.rows)
         row = jnp.arange(soft.shape[1], dtype=jnp.int32)[None, :]
         # Rows that do not exist get an index past the end, which the scatter drops.
         where = jnp.where(row < groups.rows[:, None], groups.at[:, None] + row, flat.shape[0])
@@ -57,11 +57,18 @@ def embed(
     return flat.reshape(x.shape)
 
 
-def encode_media(params: Tree, config: ModelConfig, kind: str, values: jax.Array) -> jax.Array:
-    """Raw features [N, P, F] of "visual" or "audio" -> soft tokens float32 [N, P, D]."""
+def encode_media(
+    params: Tree, config: ModelConfig, kind: str, values: jax.Array, rows: jax.Array
+) -> jax.Array:
+    """Raw features [N, P, F] of "visual" or "audio", the first `rows` int32 [N] of each group real ->
+    soft tokens [N, P, D] in the dtype of the parameters."""
     encoder = config.encoder(kind)
+
+    def encode(p: Tree, values: jax.Array, rows: jax.Array) -> jax.Array:
+        return encoders.encode(p, encoder, values, rows, config.norm_eps)
+
     with jax.named_scope(f"encode_{kind}"):
-        return encoders.encode(params["encoders"][kind], encoder, values, config.norm_eps)
+        return on_groups(encode, params["encoders"][kind], values, rows)
 
 
 def forward(
