@@ -8,6 +8,7 @@ the next.
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -82,6 +83,15 @@ def dispatch(
             except NotImplementedError as reason:
                 reasons.append(f"{name}: {reason}")
     raise NotImplementedError(f"{operation} on {platform}: " + "; ".join(reasons))
+
+
+def deferred(module: str, name: str) -> Callable[..., Any]:
+    """The function of that name, its module imported when it is called: Pallas takes a while."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return getattr(importlib.import_module(module), name)(*args, **kwargs)
+
+    return call
 
 
 def _known(implementations: Mapping[str, Callable[..., Any]]) -> str:
