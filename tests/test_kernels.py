@@ -33,8 +33,9 @@ def normal(seed: int, *shape: int, dtype: Any = np.float32, scale: float = 1.0) 
 
 
 def compiled(function: Any, impl: str) -> Any:
-    """Jitted; a reference runs once, so that optimising it would cost more than it saves."""
-    level = {"xla_backend_optimization_level": 0} if impl == "reference" else None
+    """Jitted; what runs once, and slowly by its nature, is not worth optimising."""
+    once = impl in ("reference", "pallas_tpu")
+    level = {"xla_backend_optimization_level": 0} if once else None
     return jax.jit(function, compiler_options=level)
 
 

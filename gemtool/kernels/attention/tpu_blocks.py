@@ -310,7 +310,7 @@ class _Operand:
         shape[self.axis] = self.size
 
         def index(n: Scalar, own: Scalar, step: Scalar, first: Ref, end: Ref, _: Ref) -> Any:
-            place = [n // apart if self.of_batch else n, 0, 0]
+            place = [_divided(n, apart) if self.of_batch else n, 0, 0]
             place[self.axis] = _walked(apart, n, own, step, first, end) if self.walked else own
             return tuple(place)
 
@@ -319,7 +319,7 @@ class _Operand:
 
 def _walked(apart: int, n: Scalar, own: Scalar, step: Scalar, first: Ref, end: Ref) -> Scalar:
     """The block of the other side; beyond the last one it stays, so that nothing is fetched."""
-    at = n // apart * pl.num_programs(1) + own
+    at = _divided(n, apart) * pl.num_programs(1) + own
     return jnp.maximum(jnp.minimum(first[at] + step, end[at] - 1), 0)
 
 
@@ -391,7 +391,7 @@ def _unmatched(segments: jax.Array) -> jax.Array:
 def _place(blocks: Blocks, first: Ref, end: Ref) -> tuple[Scalar, Scalar, Scalar]:
     """The kernel's own block, the one that it has walked to, and whether that may be seen."""
     own, step = pl.program_id(1), pl.program_id(2)
-    at = pl.program_id(0) // blocks.apart * pl.num_programs(1) + own
+    at = _divided(pl.program_id(0), blocks.apart) * pl.num_programs(1) + own
     walked = first[at] + step
     return own, walked, walked < end[at]
 
@@ -435,8 +435,8 @@ def _mask(
     )
     row = lax.broadcasted_iota(jnp.int32, row_shape[axis], axis)
     key = lax.broadcasted_iota(jnp.int32, key_shape[axis], 1 - axis)
-    at = span[0] + i * blocks.queries + lax.div(row, jnp.int32(blocks.per_query))
-    of = j * blocks.positions + lax.div(key, jnp.int32(blocks.side_by_side))
+    at = span[0] + i * blocks.queries + _divided(row, blocks.per_query)
+    of = j * blocks.positions + _divided(key, blocks.side_by_side)
     most = jnp.full_like(at, span[2] - 1)
     if blocks.options.causal:
         most = jnp.minimum(most, at)
@@ -446,7 +446,7 @@ def _mask(
     visible = (of <= most) & (of >= least)
     if blocks.side_by_side > 1:
         groups = blocks.per_query // blocks.side_by_side
-        head = lax.div(lax.rem(row, jnp.int32(blocks.per_query)), jnp.int32(groups))
+        head = _divided(lax.rem(row, jnp.int32(blocks.per_query)), groups)
         visible &= head == lax.rem(key, jnp.int32(blocks.side_by_side))
     if segments:
         own, theirs = segments
@@ -474,6 +474,11 @@ def _scores(
 
 def _dot(a: jax.Array, b: jax.Array, contract: Any) -> jax.Array:
     return lax.dot_general(a, b, contract, preferred_element_type=jnp.float32)
+
+
+def _divided(x: Scalar, by: int) -> Scalar:
+    """`x // by` of what is not negative; the sign that `//` asks for needs a TPU to lower it."""
+    return lax.div(x, jnp.int32(by))
 
 
 def _wide(x: jax.Array, width: int) -> jax.Array:

@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import jax
 
-from gemtool.kernels.dispatch import dispatch
+from gemtool.kernels.dispatch import deferred, dispatch
 from gemtool.kernels.experts.reference import experts_reference
 from gemtool.kernels.experts.xla import experts_xla
 from gemtool.kernels.glu import SWIGLU, Glu
 
-IMPLEMENTATIONS = {"xla": experts_xla, "reference": experts_reference}
+IMPLEMENTATIONS = {
+    "pallas_tpu": deferred("gemtool.kernels.experts.pallas_tpu", "experts_pallas_tpu"),
+    "xla": experts_xla,
+    "reference": experts_reference,
+}
 
 
 def expert_mlp(
