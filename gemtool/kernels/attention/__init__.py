@@ -7,17 +7,20 @@ never visited.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from gemtool.kernels.attention.merge import merge_attention
 from gemtool.kernels.attention.reference import attention_reference
 from gemtool.kernels.attention.xla import attention_xla
 from gemtool.kernels.dispatch import deferred, dispatch
 
+__all__ = ["chunk_segments", "flash_attention", "merge_attention", "partial_attention"]
+
 IMPLEMENTATIONS = {
+    "pallas_tpu": deferred("gemtool.kernels.attention.pallas_tpu", "attention_pallas_tpu"),
     "gpu": deferred("gemtool.kernels.attention.gpu", "attention_gpu"),
     "xla": attention_xla,
     "reference": attention_reference,
@@ -113,30 +116,6 @@ def partial_attention(
         sink=sink,
         soft_cap=soft_cap,
     )
-
-
-def merge_attention(
-    parts: Sequence[tuple[jax.Array, jax.Array]], sink: jax.Array | None = None
-) -> tuple[jax.Array, jax.Array]:
-    """Attention to several sets of keys, from the attention to each.
-
-    Args:
-        parts: of `partial_attention`, with the same queries and without a sink.
-        sink: floating [H], of all.
-
-    Returns:
-        What `partial_attention` gives for all keys together.
-    """
-    logs = jnp.stack([lse for _, lse in parts])
-    everything = logs if sink is None else jnp.concatenate([logs, _like(sink, logs[:1])])
-    total = jax.nn.logsumexp(everything, axis=0)
-    shares = jnp.exp(logs - total[None])
-    out = sum(out * share[..., None] for (out, _), share in zip(parts, shares, strict=True))
-    return out.astype(parts[0][0].dtype), total
-
-
-def _like(sink: jax.Array, logs: jax.Array) -> jax.Array:
-    return jnp.broadcast_to(sink.astype(logs.dtype)[None, None, None], logs.shape)
 
 
 def chunk_segments(positions: jax.Array, segments: jax.Array, chunk: int) -> jax.Array:

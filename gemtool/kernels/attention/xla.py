@@ -29,8 +29,8 @@ DECODE_KEY_BLOCK = 512
 
 
 @dataclasses.dataclass(frozen=True)
-class _Options:
-    """What is fixed while tracing."""
+class Options:
+    """Options of `partial_attention` that are fixed while tracing."""
 
     scale: float
     causal: bool
@@ -54,7 +54,7 @@ def attention_xla(
     soft_cap: float | None,
 ) -> tuple[jax.Array, jax.Array]:
     """See `gemtool.kernels.attention.partial_attention`."""
-    options = _Options(scale, causal, window, soft_cap)
+    options = Options(scale, causal, window, soft_cap)
     start = jnp.asarray(q_start, jnp.int32)
     stop = jnp.minimum(jnp.asarray(kv_length, jnp.int32), k.shape[1])
     with jax.named_scope("flash_attention"):
@@ -63,7 +63,7 @@ def attention_xla(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _flash(
-    options: _Options,
+    options: Options,
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
@@ -76,13 +76,13 @@ def _flash(
     return _forward(options, q, k, v, q_start, kv_length, q_segments, kv_segments, sink)
 
 
-def _flash_fwd(options: _Options, *arrays: Any) -> tuple[tuple[jax.Array, jax.Array], Any]:
+def _flash_fwd(options: Options, *arrays: Any) -> tuple[tuple[jax.Array, jax.Array], Any]:
     out, logsumexp = _forward(options, *arrays)
     return (out, logsumexp), (arrays, out, logsumexp)
 
 
 def _flash_bwd(
-    options: _Options, saved: Any, d_results: tuple[jax.Array, jax.Array]
+    options: Options, saved: Any, d_results: tuple[jax.Array, jax.Array]
 ) -> tuple[jax.Array | None, ...]:
     (q, k, v, q_start, kv_length, q_segments, kv_segments, sink), out, logsumexp = saved
     plan = _Plan.of(options, q, k, q_start, kv_length, q_segments, kv_segments)
@@ -97,7 +97,7 @@ _flash.defvjp(_flash_fwd, _flash_bwd)
 class _Plan:
     """How queries and keys are cut into blocks, and which blocks and pairs see each other."""
 
-    options: _Options
+    options: Options
     q_start: jax.Array
     kv_length: jax.Array
     q_segments: jax.Array | None  # [B * query blocks, Q], as `rows` orders them
@@ -118,7 +118,7 @@ class _Plan:
     @classmethod
     def of(
         cls,
-        options: _Options,
+        options: Options,
         q: jax.Array,
         k: jax.Array,
         q_start: jax.Array,
@@ -132,14 +132,14 @@ class _Plan:
         # Long inputs gain from tall matmuls; at short ones the corners of the causal triangle,
         # which are computed for nothing, weigh more.
         rows = 256 if length >= 2048 else 128
-        queries = min(max(rows // groups, 16), _round_up(length, 8)) if length > 1 else 1
+        queries = min(max(rows // groups, 16), round_up(length, 8)) if length > 1 else 1
         query_blocks = -(-length // queries)
         keys = min(DECODE_KEY_BLOCK if length == 1 else KEY_BLOCK, capacity)
         segment_range = None
         if q_segments is not None and kv_segments is not None:
             pad = query_blocks * queries - length
             q_segments = jnp.pad(q_segments, ((0, 0), (0, pad))).reshape(-1, queries)
-            pad = _round_up(capacity, keys) - capacity
+            pad = round_up(capacity, keys) - capacity
             blocks = jnp.pad(kv_segments, ((0, 0), (0, pad))).reshape(batch, -1, keys)
             segment_range = range_of(blocks)
         return cls(
@@ -278,7 +278,7 @@ class _Plan:
 
 
 def _forward(
-    options: _Options,
+    options: Options,
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
@@ -398,5 +398,5 @@ def range_of(segments: jax.Array) -> tuple[jax.Array, jax.Array]:
     return least, segments.max(axis=-1)
 
 
-def _round_up(n: int, multiple: int) -> int:
+def round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple

@@ -14,6 +14,7 @@ from gemtool.kernels.experts.xla import experts_xla
 from gemtool.kernels.glu import SWIGLU, Glu
 
 IMPLEMENTATIONS = {
+    "pallas_tpu": deferred("gemtool.kernels.experts.pallas_tpu", "experts_pallas_tpu"),
     "gpu": deferred("gemtool.kernels.experts.gpu", "experts_gpu"),
     "xla": experts_xla,
     "reference": experts_reference,

@@ -11,13 +11,14 @@ gradients block by block, writing them to the [E, ...] arrays once.
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from gemtool.kernels.dispatch import accumulator
+from gemtool.kernels.experts.pairs import Pairs, combine, sort_pairs
 from gemtool.kernels.glu import Glu
 
 # Up to this many pairs (decoding), each is a chain of matrix-vector products by itself.
@@ -54,34 +55,6 @@ def _experts_fwd(glu: Glu, *arrays: Any) -> tuple[jax.Array, Any]:
     return out, (arrays, kept)
 
 
-class _Sorted(NamedTuple):
-    """The pairs in order of their expert, those without an expert last."""
-
-    token: jax.Array  # int32 [N]: the token of the i-th pair in this order
-    place: jax.Array  # int32 [T, K]: where a pair is in this order
-    start: jax.Array  # int32 [E]: the first pair of an expert
-    rows: jax.Array  # int32 [E]: how many it has
-    block: int  # rows of a matmul
-
-
-def _sort(expert_ids: jax.Array, experts: int) -> _Sorted:
-    pairs = expert_ids.size
-    flat = expert_ids.reshape(-1)
-    order = jnp.argsort(flat, stable=True).astype(jnp.int32)
-    place = jnp.zeros(pairs, jnp.int32).at[order].set(jnp.arange(pairs, dtype=jnp.int32))
-    edges = jnp.searchsorted(flat[order], jnp.arange(experts + 1, dtype=jnp.int32))
-    edges = edges.astype(jnp.int32)
-    mean = pairs // experts
-    block = next(rows for least, rows in BLOCK_ROWS if mean >= least)
-    return _Sorted(
-        token=order // expert_ids.shape[1],
-        place=place.reshape(expert_ids.shape),
-        start=edges[:-1],
-        rows=edges[1:] - edges[:-1],
-        block=block,
-    )
-
-
 def _forward(
     keep: bool,
     glu: Glu,
@@ -93,36 +66,37 @@ def _forward(
     """The output; with `keep` also the gate and up projections [N + block, F] of sorted pairs."""
     experts, dim, hidden = w["gate"].shape
     dtype = accumulator(x.dtype)
-    pairs = _sort(expert_ids, experts)
-    rows = expert_ids.size + pairs.block
-    x_rows = _gather(x.astype(dtype), pairs)
+    pairs, size = sort_pairs(expert_ids, experts), _block_rows(expert_ids, experts)
+    rows = expert_ids.size + size
+    x_rows = _gather(x.astype(dtype), pairs, size)
 
     def one_expert(e: jax.Array, carry: Any) -> Any:
         own = _expert(w, e, dtype)
 
         def one_block(b: jax.Array, carry: Any) -> Any:
             y_rows, *kept = carry
-            at = pairs.start[e] + b * pairs.block
-            x_b = lax.dynamic_slice_in_dim(x_rows, at, pairs.block)
+            at = pairs.start[e] + b * size
+            x_b = lax.dynamic_slice_in_dim(x_rows, at, size)
             gate, up = _project(own, "gate", x_b), _project(own, "up", x_b)
             y = _project(own, "down", glu(gate, up))
             new = (y, gate, up) if keep else (y,)
             return [_put(old, value, at) for old, value in zip((y_rows, *kept), new, strict=True)]
 
-        return lax.fori_loop(jnp.int32(0), _blocks(pairs, e), one_block, carry)
+        return lax.fori_loop(jnp.int32(0), _blocks(pairs, e, size), one_block, carry)
 
     widths = (dim, hidden, hidden) if keep else (dim,)
     carry = [jnp.zeros((rows, width), dtype) for width in widths]
     y_rows, *kept = lax.fori_loop(jnp.int32(0), jnp.int32(experts), one_expert, carry)
-    return _combine(y_rows, pairs, expert_ids, weights, experts).astype(x.dtype), tuple(kept)
+    out = combine(y_rows, pairs, expert_ids, weights.astype(dtype), experts)
+    return out.astype(x.dtype), tuple(kept)
 
 
 def _experts_bwd(glu: Glu, saved: Any, d_out: jax.Array) -> tuple[Any, ...]:
     (x, expert_ids, weights, w), (gate_rows, up_rows) = saved
     experts = w["gate"].shape[0]
     dtype = accumulator(x.dtype)
-    pairs = _sort(expert_ids, experts)
-    x_rows, d_rows = _gather(x.astype(dtype), pairs), _gather(d_out.astype(dtype), pairs)
+    pairs, size = sort_pairs(expert_ids, experts), _block_rows(expert_ids, experts)
+    x_rows, d_rows = (_gather(rows.astype(dtype), pairs, size) for rows in (x, d_out))
     share_rows = jnp.zeros(len(x_rows), dtype)
     share_rows = share_rows.at[pairs.place.reshape(-1)].set(weights.astype(dtype).reshape(-1))
 
@@ -132,12 +106,12 @@ def _experts_bwd(glu: Glu, saved: Any, d_out: jax.Array) -> tuple[Any, ...]:
 
         def one_block(b: jax.Array, carry: Any) -> Any:
             d_x_rows, d_share, d_own = carry
-            at = pairs.start[e] + b * pairs.block
-            row = b * pairs.block + jnp.arange(pairs.block, dtype=jnp.int32)
+            at = pairs.start[e] + b * size
+            row = b * size + jnp.arange(size, dtype=jnp.int32)
             mine = (row < pairs.rows[e])[:, None]  # the rest of the block is other experts'
 
             def block(rows: jax.Array) -> jax.Array:
-                return lax.dynamic_slice_in_dim(rows, at, pairs.block)
+                return lax.dynamic_slice_in_dim(rows, at, size)
 
             x_b, d_out_b, gate, up = (block(r) for r in (x_rows, d_rows, gate_rows, up_rows))
             share = jnp.where(mine, block(share_rows)[:, None], 0)
@@ -156,7 +130,9 @@ def _experts_bwd(glu: Glu, saved: Any, d_out: jax.Array) -> tuple[Any, ...]:
             return d_x_rows, d_share, jax.tree.map(jnp.add, d_own, new)
 
         start = (d_x_rows, d_share, jax.tree.map(jnp.zeros_like, own))
-        d_x_rows, d_share, d_own = lax.fori_loop(jnp.int32(0), _blocks(pairs, e), one_block, start)
+        d_x_rows, d_share, d_own = lax.fori_loop(
+            jnp.int32(0), _blocks(pairs, e, size), one_block, start
+        )
         d_w = {
             name: lax.dynamic_update_index_in_dim(old, d_own[name].astype(old.dtype), e, 0)
             for name, old in d_w.items()
@@ -169,7 +145,7 @@ def _experts_bwd(glu: Glu, saved: Any, d_out: jax.Array) -> tuple[Any, ...]:
         jax.tree.map(jnp.zeros_like, w),
     )
     d_x_rows, d_share, d_w = lax.fori_loop(jnp.int32(0), jnp.int32(experts), one_expert, carry)
-    d_x = _combine(d_x_rows, pairs, expert_ids, jnp.ones_like(weights), experts)
+    d_x = combine(d_x_rows, pairs, expert_ids, jnp.ones(expert_ids.shape, dtype), experts)
     d_weights = jnp.where(expert_ids < experts, d_share[pairs.place], 0)
     return d_x.astype(x.dtype), None, d_weights.astype(weights.dtype), d_w
 
@@ -214,26 +190,19 @@ def _project(own: Weights, name: str, x: jax.Array) -> jax.Array:
     return y if bias is None else y + jnp.broadcast_to(bias, y.shape)
 
 
-def _blocks(pairs: _Sorted, e: jax.Array) -> jax.Array:
-    return (pairs.rows[e] + pairs.block - 1) // pairs.block
+def _block_rows(expert_ids: jax.Array, experts: int) -> int:
+    mean = expert_ids.size // experts
+    return next(rows for least, rows in BLOCK_ROWS if mean >= least)
 
 
-def _gather(x: jax.Array, pairs: _Sorted) -> jax.Array:
-    """[T, D] -> [N + block, D]: row of each sorted pair, then zeros for the last block."""
-    return jnp.pad(x[pairs.token], ((0, pairs.block), (0, 0)))
+def _blocks(pairs: Pairs, e: jax.Array, size: int) -> jax.Array:
+    return (pairs.rows[e] + size - 1) // size
+
+
+def _gather(x: jax.Array, pairs: Pairs, size: int) -> jax.Array:
+    """[T, D] -> [N + size, D]: row of each sorted pair, then zeros for the last block."""
+    return jnp.pad(x[pairs.token], ((0, size), (0, 0)))
 
 
 def _put(rows: jax.Array, block: jax.Array, at: jax.Array) -> jax.Array:
     return lax.dynamic_update_slice_in_dim(rows, block, at, 0)
-
-
-def _combine(
-    rows: jax.Array, pairs: _Sorted, expert_ids: jax.Array, weights: jax.Array, experts: int
-) -> jax.Array:
-    """[N + block, D] -> [T, D]: the weighted sum of each token's rows, in order of its choices."""
-    out = jnp.zeros((len(expert_ids), rows.shape[1]), rows.dtype)
-    for choice in range(expert_ids.shape[1]):
-        present = expert_ids[:, choice, None] < experts
-        share = weights[:, choice, None].astype(rows.dtype)
-        out = out + jnp.where(present, share * rows[pairs.place[:, choice]], 0)
-    return out
