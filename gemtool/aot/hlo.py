@@ -190,12 +190,15 @@ def _count(
                 _count(computations, called, times, found, fused)
         if opcode in ("dot", "convolution"):
             found.flops += times * _product_flops(own, instruction)
-        if opcode == "custom-call":
+        if _is_kernel(instruction):
             _count_kernel(instruction, times, found)
         if (kind := instruction.collective) is not None:
+            # TPU programs write a reduce-scatter as the fusion of an all-reduce and a slice.
+            if kind == "all-reduce" and name.startswith("all-reduce-scatter"):
+                kind = "reduce-scatter"
             total = found.collectives.setdefault(kind, Collective())
             total.count += round(times)
-            total.bytes += times * _sent(own, instruction, kind)
+            total.bytes += times * _sent(instruction, kind)
         if not inside_fusion and opcode not in _FREE:
             found.bytes += times * _traffic(computations, own, instruction)
 
@@ -321,31 +324,34 @@ def _braced(text: str, name: str) -> str:
     return text[start : text.find("}", start)] if start >= 0 else ""
 
 
+def _is_kernel(instruction: Instruction) -> bool:
+    return 'custom_call_target="tpu_custom_call"' in instruction.rest
+
+
 def _count_kernel(instruction: Instruction, times: float, found: Analysis) -> None:
-    if 'custom_call_target="tpu_custom_call"' not in instruction.rest:
-        return
-    named = re.search(r'op_name="([^"]*)"', instruction.rest)
-    name = named[1].rpartition("/")[2] if named else "kernel"
-    found.kernels[name] += round(times)
-    told = re.search(r'"cost_estimate":\{[^}]*"flops":"?(\d+)', instruction.rest)
-    if told:
-        found.flops += times * int(told[1])
+    found.kernels[instruction.name.split(".")[0]] += round(times)
+    found.flops += times * (_estimate(instruction, "flops") or 0)
 
 
-def _sent(own: Computation, instruction: Instruction, kind: str) -> float:
+def _estimate(instruction: Instruction, what: str) -> int | None:
+    """What a custom kernel says of itself: "flops" or "bytes_accessed"."""
+    told = re.search(rf'"cost_estimate":\{{[^}}]*"{what}":"?(\d+)', instruction.rest)
+    return int(told[1]) if told else None
+
+
+def _sent(instruction: Instruction, kind: str) -> float:
     """Bytes that a chip sends for a collective, by the usual ring algorithms."""
     size = _group_size(instruction.rest)
     arrays = instruction.arrays
     if instruction.opcode.endswith("-start") and len(arrays) > 1:
         arrays = arrays[len(arrays) // 2 :] if kind != "collective-permute" else arrays[1:2]
     moved = float(sum(array.bytes for array in arrays))
-    match kind:
-        case "collective-permute":
-            return moved
-        case "all-reduce":
-            return 2 * moved * (size - 1) / size
-        case "reduce-scatter":
-            return moved * (size - 1)
+    if kind == "collective-permute":
+        return moved
+    if kind == "all-reduce":
+        return 2 * moved * (size - 1) / size
+    if instruction.collective == "reduce-scatter":  # `moved` is what is left of it
+        return moved * (size - 1)
     return moved * (size - 1) / size
 
 
@@ -366,6 +372,8 @@ def _traffic(
 ) -> float:
     """Bytes of HBM that an instruction reads and writes: of a slice, what is sliced."""
     opcode = instruction.opcode
+    if _is_kernel(instruction) and (told := _estimate(instruction, "bytes_accessed")) is not None:
+        return float(told)
     written = sum(a.bytes for a in instruction.arrays if not a.on_chip)
     operands = [own.instructions[name] for name in instruction.operands if name in own.instructions]
     read = [sum(a.bytes for a in o.arrays if not a.on_chip) for o in operands]
