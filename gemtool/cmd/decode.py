@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, BinaryIO
 
 import typer
 
-from gemtool.cmd.options import Force, Output, Seed, common
+from gemtool.cmd.options import Force, Mesh, Output, Seed, common
 from gemtool.errors import CorruptInput, NoInput, UsageError
 
 if TYPE_CHECKING:
@@ -93,6 +93,7 @@ def decode(
         AnswerFormat,
         typer.Option("--format", help="auto: text on a terminal, else one JSON object an answer."),
     ] = AnswerFormat.auto,
+    mesh: Mesh = None,
     output: Output = None,
     force: Force = False,
     seed: Seed = 0,
@@ -131,7 +132,7 @@ def decode(
         _requests(source, prompts, default, cache is not None) as requests,
         open_output(output, force=force, binary=False) as sink,
     ):
-        _answer(ckpt, cache, requests, sink, as_text)
+        _answer(ckpt, mesh, cache, requests, sink, as_text)
 
 
 def _source(
@@ -195,18 +196,25 @@ def _requests(
 
 
 def _answer(
-    ckpt: str, cache: str | None, requests: Iterable[Request], sink: BinaryIO, as_text: bool
+    ckpt: str,
+    mesh: str | None,
+    cache: str | None,
+    requests: Iterable[Request],
+    sink: BinaryIO,
+    as_text: bool,
 ) -> None:
     """Writes each answer as soon as it is there, and text while it is generated."""
     from gemtool.checkpoint import open_checkpoint
     from gemtool.infer.decode import answers, to_row
     from gemtool.infer.engine import Engine
+    from gemtool.model.mesh import open_mesh
 
     def write(text: str) -> None:
         sink.write(text.encode())
         sink.flush()
 
-    engine = Engine(open_checkpoint(ckpt))
+    checkpoint = open_checkpoint(ckpt)
+    engine = Engine(checkpoint, mesh=open_mesh(mesh, checkpoint.config))
     for request, doc, answer in answers(engine, cache, requests, write if as_text else None):
         row = to_row(request, doc, answer)
         write("\n" if as_text else json.dumps(row, ensure_ascii=False) + "\n")

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from gemtool import log
-from gemtool.cmd.options import Force, Inputs, NoPg, Output, Recover, common
+from gemtool.cmd.options import Force, Inputs, Mesh, NoPg, Output, Recover, common
 
 
 @common
@@ -26,6 +26,7 @@ def prefill(
             help="Tokens computed at a time: memory and speed, not results, depend on it.",
         ),
     ] = 512,
+    mesh: Mesh = None,
     dry_run: Annotated[
         bool,
         typer.Option(
@@ -59,8 +60,9 @@ def prefill(
         setup_jax()
         from gemtool.infer.engine import Engine
         from gemtool.infer.prefill import Planner, write_context
+        from gemtool.model.mesh import open_mesh
 
-        engine = Engine(checkpoint, chunk)
+        engine = Engine(checkpoint, chunk, open_mesh(mesh, checkpoint.config))
         if dry_run:
             planner = Planner(engine)
             for doc, document in documents(spans, name):

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from gemtool.cmd.options import Force, Seed, common
+from gemtool.cmd.options import Force, Mesh, Seed, common
 
 
 def presets() -> list[str]:
@@ -64,14 +64,7 @@ def train(
             help="Compute a step in N parts, for less memory; N divides --batch.",
         ),
     ] = 1,
-    mesh: Annotated[
-        str | None,
-        typer.Option(
-            "--mesh",
-            metavar="AXIS=N,...",
-            help="Spread the run over devices along data, fsdp, expert, context and tensor.",
-        ),
-    ] = None,
+    mesh: Mesh = None,
     lr: Annotated[
         float | None,
         typer.Option(

@@ -132,8 +132,26 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, partition(axes, x.shape, mesh))
 
 
-def require_fit(config: ModelConfig, mesh: Mesh, batch: int, length: int) -> None:
-    """Checks that sequences, heads and experts can be spread evenly.
+def open_mesh(
+    text: str | None, config: ModelConfig, batch: int | None = None, length: int | None = None
+) -> Mesh | None:
+    """The mesh that a `--mesh` asks for, checked against what will run on it; None without one.
+
+    Raises:
+        UsageError: as `parse_mesh`, `make_mesh` and `require_fit`.
+    """
+    if text is None:
+        return None
+    mesh = make_mesh(parse_mesh(text))
+    require_fit(config, mesh, batch, length)
+    return mesh
+
+
+def require_fit(
+    config: ModelConfig, mesh: Mesh, batch: int | None = None, length: int | None = None
+) -> None:
+    """Checks that heads and experts can be spread evenly and, where they are to be cut (in training),
+    `batch` sequences of `length` positions.
 
     Raises:
         UsageError: naming the axis that does not divide.
@@ -141,9 +159,9 @@ def require_fit(config: ModelConfig, mesh: Mesh, batch: int, length: int) -> Non
     sizes = mesh.shape
     sequences = math.prod(sizes[name] for name in RULES["batch"])
     problems = []
-    if batch % sequences:
+    if batch is not None and batch % sequences:
         problems.append(f"data x fsdp x expert = {sequences} does not divide {batch} sequences")
-    if length % sizes["context"]:
+    if length is not None and length % sizes["context"]:
         problems.append(f"context = {sizes['context']} does not divide {length} positions")
     for kind in {kind.letter: kind for kind in config.layer_kinds}.values():
         if kind.heads % sizes["tensor"]:
