@@ -17,6 +17,7 @@ from gemtool.cmd.options import (
     CompiledModel,
     CompileOnly,
     Force,
+    Mesh,
     Output,
     Seed,
     Topology,
@@ -104,6 +105,7 @@ def decode(
         AnswerFormat,
         typer.Option("--format", help="auto: text on a terminal, else one JSON object an answer."),
     ] = AnswerFormat.auto,
+    mesh: Mesh = None,
     output: Output = None,
     force: Force = False,
     compile_only: CompileOnly = False,
@@ -118,7 +120,7 @@ def decode(
     input. Every prompt is asked of every context by itself, or of the document that it names; with
     several contexts, answers come context by context. Without --cache, prompts are answered alone.
     """
-    if compiled("decode", compile_only, topology, length, model=model, ckpt=ckpt):
+    if compiled("decode", compile_only, topology, length, model=model, ckpt=ckpt, mesh=mesh):
         return
     require_given({"--ckpt": ckpt})
     assert ckpt is not None
@@ -150,7 +152,7 @@ def decode(
         _requests(source, prompts, default, cache is not None) as requests,
         open_output(output, force=force, binary=False) as sink,
     ):
-        _answer(ckpt, cache, requests, sink, as_text)
+        _answer(ckpt, mesh, cache, requests, sink, as_text)
 
 
 def _source(
@@ -214,18 +216,25 @@ def _requests(
 
 
 def _answer(
-    ckpt: str, cache: str | None, requests: Iterable[Request], sink: BinaryIO, as_text: bool
+    ckpt: str,
+    mesh: str | None,
+    cache: str | None,
+    requests: Iterable[Request],
+    sink: BinaryIO,
+    as_text: bool,
 ) -> None:
     """Writes each answer as soon as it is there, and text while it is generated."""
     from gemtool.checkpoint import open_checkpoint
     from gemtool.infer.decode import answers, to_row
     from gemtool.infer.engine import Engine
+    from gemtool.model.mesh import open_mesh
 
     def write(text: str) -> None:
         sink.write(text.encode())
         sink.flush()
 
-    engine = Engine(open_checkpoint(ckpt))
+    checkpoint = open_checkpoint(ckpt)
+    engine = Engine(checkpoint, mesh=open_mesh(mesh, checkpoint.config))
     for request, doc, answer in answers(engine, cache, requests, write if as_text else None):
         row = to_row(request, doc, answer)
         write("\n" if as_text else json.dumps(row, ensure_ascii=False) + "\n")

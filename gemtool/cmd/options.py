@@ -45,8 +45,14 @@ Threads = Annotated[
         "-@", "--threads", metavar="N", min=1, help="Threads; the output is the same for any N."
     ),
 ]
-
-
+Mesh = Annotated[
+    str | None,
+    typer.Option(
+        "--mesh",
+        metavar="AXIS=N,...",
+        help="Spread the work over devices along data, fsdp, expert, context and tensor.",
+    ),
+]
 CompileOnly = Annotated[
     bool,
     typer.Option(

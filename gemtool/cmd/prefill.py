@@ -14,6 +14,7 @@ from gemtool.cmd.options import (
     CompileOnly,
     Force,
     Inputs,
+    Mesh,
     NoPg,
     Output,
     Recover,
@@ -39,6 +40,7 @@ def prefill(
             help="Tokens computed at a time: memory and speed, not results, depend on it.",
         ),
     ] = 512,
+    mesh: Mesh = None,
     dry_run: Annotated[
         bool,
         typer.Option(
@@ -60,7 +62,7 @@ def prefill(
     Each document becomes one context, in the order of the input: everything the model keeps of it,
     so that `gemtool decode --cache` can ask about it at any time, without reading it again.
     """
-    how = {"model": model, "ckpt": ckpt, "chunk": chunk}
+    how = {"model": model, "ckpt": ckpt, "mesh": mesh, "chunk": chunk}
     if compiled("prefill", compile_only, topology, length, **how):
         return
     require_given({"--ckpt": ckpt})
@@ -81,8 +83,9 @@ def prefill(
         setup_jax()
         from gemtool.infer.engine import Engine
         from gemtool.infer.prefill import Planner, write_context
+        from gemtool.model.mesh import open_mesh
 
-        engine = Engine(checkpoint, chunk)
+        engine = Engine(checkpoint, chunk, open_mesh(mesh, checkpoint.config))
         if dry_run:
             planner = Planner(engine)
             for doc, document in documents(spans, name):

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gemtool import log
-from gemtool.cmd.options import Force, Output, Seed, common, parse_length
+from gemtool.cmd.options import Force, Mesh, Output, Seed, common, parse_length
 from gemtool.errors import CorruptInput, GemtoolError, UsageError, did_you_mean, reason
 from gemtool.probes import PROBES
 
@@ -62,6 +62,7 @@ def probe(
     summary: Annotated[
         bool, typer.Option("--summary", help="A row a cell (length and depth), not a row a case.")
     ] = False,
+    mesh: Mesh = None,
     seed: Seed = 0,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with an interrupted --output.")
@@ -107,11 +108,13 @@ def probe(
 
     from gemtool.runtime import setup_jax
 
-    with RowLog(target, run, wanted, resume=resume, force=force) as rows:
-        setup_jax()
-        from gemtool.infer.engine import Engine
+    setup_jax()
+    from gemtool.infer.engine import Engine
+    from gemtool.model.mesh import open_mesh
 
-        engine = Engine(checkpoint)
+    devices = open_mesh(mesh, checkpoint.config)
+    with RowLog(target, run, wanted, resume=resume, force=force) as rows:
+        engine = Engine(checkpoint, mesh=devices)
         require_memory(engine, grid)
         total = sum(case.length for case in wanted)
         with log.progress(f"probe {name}", total=total, unit="tokens") as bar:

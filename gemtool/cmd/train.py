@@ -11,6 +11,7 @@ from gemtool.cmd.options import (
     CompiledLength,
     CompileOnly,
     Force,
+    Mesh,
     Seed,
     Topology,
     common,
@@ -84,14 +85,7 @@ def train(
             help="Compute a step in N parts, for less memory; N divides --batch.",
         ),
     ] = 1,
-    mesh: Annotated[
-        str | None,
-        typer.Option(
-            "--mesh",
-            metavar="AXIS=N,...",
-            help="Spread the run over devices along data, fsdp, expert, context and tensor.",
-        ),
-    ] = None,
+    mesh: Mesh = None,
     dtype: Annotated[
         Precision | None,
         typer.Option(

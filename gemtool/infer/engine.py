@@ -367,28 +367,25 @@ class Engine:
         sequence._logits = np.array(logits)
         return sequence
 
-    def weight_bytes(self) -> int:
-        """Memory of the parameters."""
-        return sum(leaf.nbytes for leaf in jax.tree.leaves(self.params))
-
     def bytes_for(self, length: int) -> int:
-        """Memory of the parameters and of the buffers of a sequence."""
-        return self.weight_bytes() + self.row_bytes() * capacity_for(self._room(length))
+        """Memory of the parameters and of the buffers of a sequence, on each device."""
+        room = capacity_for(self._room(length))
+        buffers, _ = abstract_sequence(self.config, room, self.mesh)
+        return _bytes_here((self.params, buffers))
 
     def _room(self, length: int) -> int:
         """Positions that prefilling so many touches: the last tile may be padded."""
         return length + self.tile_size(min(length, self.chunk))
 
     def row_bytes(self) -> int:
-        """Memory of a position in the buffers of a sequence."""
+        """Size of a position's keys and values."""
         kinds = self.config.layer_kinds
         values = sum(2 * kinds[i].kv_heads * kinds[i].head_dim for i in full_layers(self.config))
         return values * np.dtype(self.config.kv_dtype).itemsize
 
     def state_bytes(self) -> int:
         """Size of a state in a context file."""
-        _, state = abstract_sequence(self.config, 0)
-        return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(state))
+        return _bytes_here(abstract_sequence(self.config, 0)[1])
 
     def encode(self, kind: str, values: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """Soft tokens float32 [N, P, D] of raw features [N, P, F], of which the first `rows`
@@ -526,6 +523,15 @@ class Engine:
             return {"token": token, "text": text, "logprob": float(values[token])}
 
         return {**entry(step.token), "top": [entry(token) for token, _ in best(values, count)]}
+
+
+def _bytes_here(tree: Any) -> int:
+    """Memory that arrays take on each device."""
+
+    def shape(x: Any) -> tuple[int, ...]:
+        return x.shape if x.sharding is None else x.sharding.shard_shape(x.shape)
+
+    return sum(math.prod(shape(x)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def _put(x: np.ndarray, like: Any) -> jax.Array:

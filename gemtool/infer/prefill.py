@@ -87,8 +87,8 @@ class Plan:
 
     tokens: int
     memory: int
-    """Bytes: weights, and the buffers of keys and values with room to grow. Leaves out what Python
-    and the compiler need, some hundreds of megabytes."""
+    """Bytes on each device: weights, and the buffers of keys and values with room to grow. Leaves out
+    what Python and the compiler need, some hundreds of megabytes."""
     disk: int
     """Bytes of the context."""
     seconds: float

@@ -31,6 +31,7 @@ from gemtool.kernels.attention import chunk_segments
 from gemtool.model.buffers import buffer_attention, write_rows
 from gemtool.model.config import LayerKind, ModelConfig
 from gemtool.model.layers import norm, plain_rms_norm, round_to, unit_norm
+from gemtool.model.mesh import constrain
 from gemtool.model.parallel import cached_attention, packed_attention
 from gemtool.model.params import Tree
 from gemtool.model.rope import rotary
@@ -134,7 +135,7 @@ def _extend_full(
     Rows beyond `valid` are written too (a fixed shape costs nothing) and overwritten by the next
     step; causality hides them until then.
     """
-    rows = jnp.concatenate([cache.tail.astype(x.dtype), x], axis=1)
+    rows = _after(cache.tail.astype(x.dtype), x)
     q, k, v = _project(p, config, kind, rows)
     positions = (length + jnp.arange(x.shape[1], dtype=jnp.int32))[None, :]
     q, k = _sharpened(kind, _rotated(kind, q, positions), positions), _rotated(kind, k, positions)
@@ -160,10 +161,10 @@ def _extend_bounded(
     """Keys and values of the last `window` positions followed by the new ones, rotated relative to
     the step."""
     steps, window = x.shape[1], kind.window
-    rows = jnp.concatenate([cache.tail.astype(x.dtype), x], axis=1)
+    rows = _after(cache.tail.astype(x.dtype), x)
     q, k, v = _project(p, config, kind, rows)
-    k = jnp.concatenate([cache.k, k.astype(cache.k.dtype)], axis=1)
-    v = jnp.concatenate([cache.v, v.astype(cache.v.dtype)], axis=1)
+    k = _after(cache.k, k.astype(cache.k.dtype), "kv_heads", None)
+    v = _after(cache.v, v.astype(cache.v.dtype), "kv_heads", None)
     cache = LayerCache(
         k=jax.lax.dynamic_slice_in_dim(k, valid, window, axis=1),
         v=jax.lax.dynamic_slice_in_dim(v, valid, window, axis=1),
@@ -192,6 +193,21 @@ def _extend_bounded(
 def _tail(kind: LayerKind, rows: jax.Array, valid: jax.Array) -> jax.Array:
     """The last `conv_tail` real rows of [B, conv_tail + T, D]."""
     return jax.lax.dynamic_slice_in_dim(rows, valid, kind.conv_tail, axis=1)
+
+
+def _after(past: jax.Array, new: jax.Array, *axes: str | None) -> jax.Array:
+    """`past` [B, S, ...] and `new` [B, T, ...] as one.
+
+    On a mesh every device gets all rows, also where the context axis cuts the new ones. `axes` are the
+    logical ones after the first two.
+    """
+    whole = (None, None, *(axes or (None,)))
+    return constrain(jnp.concatenate([past, constrain(new, *whole)], axis=1), *whole)
+
+
+def _cut(x: jax.Array) -> jax.Array:
+    """New rows [B, T, D] that every device has, cut again for what treats each by itself."""
+    return constrain(constrain(x, None, None, None), None, "length", None)
 
 
 def _attend(
@@ -227,13 +243,15 @@ def _project(
     """
     steps = rows.shape[1] - kind.conv_tail
     mixed = _convolve(p["conv"], rows, segments) if kind.qk_conv > 1 else rows
-    for_q, for_k = mixed[:, kind.key_shift :], mixed[:, :steps]
+    for_q, for_k, for_v = mixed[:, kind.key_shift :], mixed[:, :steps], rows[:, kind.conv_tail :]
     if kind.key_shift and segments is not None:
         same = segments[:, -steps - 1 : -1] == segments[:, -steps:]
         for_k = jnp.where(same[:, :, None], for_k, 0.0)
+    if segments is None:
+        for_q, for_k, for_v = (_cut(x) for x in (for_q, for_k, for_v))
     q = jnp.einsum("btd,dhk->bthk", for_q, p["q"])
     k = jnp.einsum("btd,dnk->btnk", for_k, p["k"])
-    v = jnp.einsum("btd,dnk->btnk", rows[:, kind.conv_tail :], p["v"])
+    v = jnp.einsum("btd,dnk->btnk", for_v, p["v"])
     if kind.qkv_bias:
         q, k, v = (x + p[f"{n}_bias"][None, None] for n, x in zip("qkv", (q, k, v), strict=True))
     if kind.qk_norm == "unit":

@@ -23,6 +23,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec
 
 from gemtool.kernels.attention import flash_attention, merge_attention, partial_attention
@@ -81,15 +82,23 @@ def write_rows(buffer: jax.Array, rows: jax.Array, start: jax.Array) -> jax.Arra
 
     def local(buffer: jax.Array, rows: jax.Array, start: jax.Array) -> jax.Array:
         share = _Share.of(buffer, spec, mesh)
-        held = share.rows(buffer)
-        size = share.most(steps)
-        first = jnp.minimum(share.count(start), held.shape[1] - size)
-        source = share.positions(first + jnp.arange(size, dtype=jnp.int32)) - start
-        mine = (source >= 0) & (source < steps)
-        new = jnp.take(rows, jnp.where(mine, source, 0), axis=1)
-        old = jax.lax.dynamic_slice_in_dim(held, first, size, axis=1)
-        new = jnp.where(mine[None, :, None, None], new, old)
-        return jax.lax.dynamic_update_slice_in_dim(held, new, first, axis=1).reshape(buffer.shape)
+        size = min(steps, share.run)
+
+        def write(index: jax.Array, held: jax.Array) -> jax.Array:
+            begins = share.begins(index)
+            first = jnp.clip(start - begins, 0, share.run - size)
+            source = begins + first + jnp.arange(size, dtype=jnp.int32) - start
+            mine = (source >= 0) & (source < steps)
+            new = jnp.take(rows, jnp.where(mine, source, 0), axis=1)
+            at = index * share.run + first
+            old = jax.lax.dynamic_slice_in_dim(held, at, size, axis=1)
+            new = jnp.where(mine[None, :, None, None], new, old)
+            return jax.lax.dynamic_update_slice_in_dim(held, new, at, axis=1)
+
+        # A loop, over what is often no run at all, is what every compiler does in place.
+        runs = share.runs(start, steps)
+        held = jax.lax.fori_loop(*runs, write, share.rows(buffer))
+        return _reshaped(held, buffer.shape)
 
     return jax.shard_map(
         local,
@@ -223,26 +232,35 @@ class _Share:
 
     def rows(self, local: jax.Array) -> jax.Array:
         """This device's part of a buffer, in order of position: [B, J, run, N, K] -> [B, S, N, K]."""
-        return local.reshape(local.shape[0], -1, *local.shape[3:])
+        return _reshaped(local, (local.shape[0], -1, *local.shape[3:]))
 
     def count(self, position: jax.Array) -> jax.Array:
         """How many rows before a position it holds: its first so many."""
         rounds, rest = position // self.round, position % self.round
         return rounds * self.run + jnp.clip(rest - self.here * self.run, 0, self.run)
 
-    def most(self, steps: int) -> int:
-        """How many of so many positions in a row it holds at most."""
-        return steps // self.round * self.run + min(steps % self.round, self.run)
+    def begins(self, index: jax.Array) -> jax.Array:
+        """The first position of its run `index`."""
+        return (index * self.devices + self.here) * self.run
 
-    def positions(self, places: jax.Array) -> jax.Array:
-        """Which positions its rows `places` int32 [n] have."""
-        return (places // self.run * self.devices + self.here) * self.run + places % self.run
+    def runs(self, start: jax.Array, steps: int) -> tuple[jax.Array, jax.Array]:
+        """Which of its runs have some of `steps` positions from `start` on: the first, and behind the
+        last."""
+        first, stop = start // self.run, -(-(start + steps) // self.run)
+        first, stop = ((x - self.here + self.devices - 1) // self.devices for x in (first, stop))
+        return first, stop
 
     def places(self, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Whether it holds positions int32 [n], bool [n], and in which of its rows."""
         rounds, rest = positions // self.round, positions % self.round
         here = rest // self.run == self.here
         return here, rounds * self.run + rest % self.run
+
+
+def _reshaped(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """`x` in another shape, where it lies: XLA may reorder axes of size 1, and would copy for it."""
+    x = x.reshape(shape)
+    return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
 
 
 def _spec(buffer: jax.Array, mesh: Any) -> PartitionSpec:

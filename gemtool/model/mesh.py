@@ -131,6 +131,21 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, partition(axes, x.shape, mesh))
 
 
+def open_mesh(
+    text: str | None, config: ModelConfig, batch: int | None = None, length: int | None = None
+) -> Mesh | None:
+    """The mesh that a `--mesh` asks for, checked against what will run on it; None without one.
+
+    Raises:
+        UsageError: as `parse_mesh`, `make_mesh` and `require_fit`.
+    """
+    if text is None:
+        return None
+    mesh = make_mesh(parse_mesh(text))
+    require_fit(config, mesh, batch, length)
+    return mesh
+
+
 def require_fit(
     config: ModelConfig, mesh: Mesh, batch: int | None = None, length: int | None = None
 ) -> None:

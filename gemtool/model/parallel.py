@@ -152,6 +152,7 @@ def cached_attention(
     k: jax.Array,
     v: jax.Array,
     *,
+    q_start: int,
     q_segments: jax.Array,
     kv_segments: jax.Array,
     sink: jax.Array | None,
@@ -159,17 +160,15 @@ def cached_attention(
 ) -> jax.Array:
     """Attention of new positions to the few that a window or chunk keeps, and to themselves.
 
-    `q` [B, T, H, K], `k` and `v` [B, S, N, K], segments int32 [B, T] and [B, S], `sink` [H] or None;
-    `options` are those of `partial_attention`. Returns [B, T, H, K]. On a mesh each device of the
-    tensor axis has its heads, those of other axes do the same.
+    `q` [B, T, H, K], the first at `q_start` of `k` and `v` [B, S, N, K]; segments int32 [B, T] and
+    [B, S], `sink` [H] or None; `options` are those of `partial_attention`. Returns [B, T, H, K].
     """
     mesh = current_mesh()
     if mesh is None:
-        segments = {"q_segments": q_segments, "kv_segments": kv_segments}
+        segments = {"q_segments": q_segments, "kv_segments": kv_segments, "q_start": q_start}
         return flash_attention(q, k, v, sink=sink, **segments, **options)
-    queries = partition((None, None, "heads", None), q.shape, mesh)
+    queries = partition((None, "length", "heads", None), q.shape, mesh)
     keys = partition((None, None, "kv_heads", None), k.shape, mesh)
-    everywhere = PartitionSpec()
     groups = q.shape[2] // k.shape[2]
 
     def local(
@@ -182,12 +181,22 @@ def cached_attention(
     ) -> jax.Array:
         if keys[2] is None:
             k, v = (_own_heads(x, q.shape[2], groups) for x in (k, v))
-        segments = {"q_segments": q_segments, "kv_segments": kv_segments}
-        return flash_attention(q, k, v, sink=sink, **segments, **options)
+        here = 0 if queries[1] is None else jax.lax.axis_index("context") * q.shape[1]
+        return flash_attention(
+            q,
+            k,
+            v,
+            q_start=q_start + here,
+            q_segments=q_segments,
+            kv_segments=kv_segments,
+            sink=sink,
+            **options,
+        )
 
+    positions = PartitionSpec(*queries[:2])
     return jax.shard_map(
         local,
-        in_specs=(queries, keys, keys, everywhere, everywhere, PartitionSpec(queries[2])),
+        in_specs=(queries, keys, keys, positions, PartitionSpec(), PartitionSpec(queries[2])),
         out_specs=queries,
         check_vma=False,
     )(q, k, v, q_segments, kv_segments, sink)

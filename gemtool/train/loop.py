@@ -25,7 +25,7 @@ from gemtool.data.vocab import Vocab
 from gemtool.errors import GemtoolError, UsageError, did_you_mean
 from gemtool.model.config import PRESETS, ModelConfig, load_preset
 from gemtool.model.execution import Execution, training_on
-from gemtool.model.mesh import make_mesh, parse_mesh, require_fit
+from gemtool.model.mesh import open_mesh
 from gemtool.model.params import Tree, count_params
 from gemtool.model.stacking import unstack_layers
 from gemtool.runtime import memory_size, setup_jax
@@ -250,12 +250,8 @@ class _Run:
         return settings
 
     def _make_mesh(self) -> Mesh | None:
-        if self.options.mesh is None:
-            return None
-        mesh = make_mesh(parse_mesh(self.options.mesh))
         sequences = self.options.batch // self.options.accumulate
-        require_fit(self.config, mesh, sequences, self.loader.length)
-        return mesh
+        return open_mesh(self.options.mesh, self.config, sequences, self.loader.length)
 
     def _require_memory(self) -> None:
         """Refuses a model or a batch that cannot fit, before it is built.
