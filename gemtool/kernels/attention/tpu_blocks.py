@@ -349,13 +349,11 @@ def _walk(
     `visible` bool [B, blocks of one side, of the other]; `scratch` has shapes of float32 arrays.
     """
     first, end, steps = _runs(visible)
-    q, k = inputs.q, inputs.k
-    flops = products * 2 * q.shape[0] * q.shape[1] * k.shape[1] * k.shape[2]
     return pl.pallas_call(
         functools.partial(kernel, blocks, inputs.q_segments is not None),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
-            grid=(q.shape[0], visible.shape[1], steps),
+            grid=(inputs.q.shape[0], visible.shape[1], steps),
             in_specs=[operand.spec(blocks.apart) for operand in given],
             out_specs=tuple(operand.spec(blocks.apart) for operand in results),
             scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
@@ -364,14 +362,30 @@ def _walk(
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary")
         ),
-        cost_estimate=pl.CostEstimate(
-            flops=flops,
-            transcendentals=flops // (2 * products * q.shape[2]),
-            bytes_accessed=sum(x.size * x.dtype.itemsize for x in (q, k, inputs.v, q)),
-        ),
+        cost_estimate=_cost(blocks, inputs, products),
         interpret=blocks.interpret,
         name=kernel.__name__.strip("_").replace("kernel", "attention"),
     )(first, end, inputs.span, *(operand.array for operand in given))
+
+
+def _cost(blocks: Blocks, inputs: Inputs, products: int) -> pl.CostEstimate:
+    """What so many products of all pairs cost, as far as shapes tell which pairs are seen."""
+    count, rows, dim = inputs.q.shape
+    _, query_blocks, key_blocks = inputs.visible.shape
+    positions = key_blocks * blocks.positions
+    share = 1.0
+    if blocks.options.window is not None:
+        share = min(blocks.options.window / positions, 1.0)
+    elif blocks.options.causal:
+        beyond = abs(query_blocks * blocks.queries - positions)
+        share = 0.5 if beyond < max(blocks.queries, blocks.positions) else 1.0
+    pairs = int(share * count * rows * key_blocks * blocks.keys)
+    arrays = (inputs.q, inputs.q, inputs.k, inputs.v)
+    return pl.CostEstimate(
+        flops=products * 2 * dim * pairs,
+        transcendentals=pairs,
+        bytes_accessed=sum(x.size * x.dtype.itemsize for x in arrays),
+    )
 
 
 def _runs(visible: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

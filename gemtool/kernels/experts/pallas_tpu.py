@@ -53,15 +53,16 @@ def experts_pallas_tpu(
         ids = jnp.pad(ids, (0, len(rows) - count), constant_values=experts)
 
         def project(name: str, rows: jax.Array) -> jax.Array:
-            y = _grouped(tile, rows, w[name], pairs.rows).astype(jnp.float32)
+            y = _grouped(tile, rows, w[name], pairs.rows)
             bias = w.get(f"{name}_bias")
             if bias is None:
                 return y
-            return y + bias.astype(jnp.float32).at[ids].get(
-                mode="fill", fill_value=0, indices_are_sorted=True
-            )
+            wide = bias.astype(jnp.float32)
+            wide = wide.at[ids].get(mode="fill", fill_value=0, indices_are_sorted=True)
+            return (y.astype(jnp.float32) + wide).astype(y.dtype)
 
-        h = glu(project("gate", rows), project("up", rows)).astype(rows.dtype)
+        gate, up = (project(name, rows).astype(jnp.float32) for name in ("gate", "up"))
+        h = glu(gate, up).astype(rows.dtype)
         out = _collect(experts, project("down", h), weights, expert_ids, pairs)
     return out.astype(x.dtype)
 
@@ -103,7 +104,8 @@ def _collect_fwd(experts: int, *arrays: Any) -> tuple[jax.Array, Any]:
 def _collect_bwd(experts: int, saved: Any, d_out: jax.Array) -> tuple[Any, ...]:
     rows, weights, expert_ids, pairs = saved
     share = weights.astype(jnp.float32).reshape(-1)[pairs.pair]
-    d_rows = share[:, None] * d_out[pairs.token]
+    # What is gathered is in the type of rows: `d_out` is the gradient of such.
+    d_rows = share[:, None] * d_out.astype(rows.dtype)[pairs.token].astype(jnp.float32)
     d_rows = jnp.pad(d_rows, ((0, len(rows) - len(d_rows)), (0, 0))).astype(rows.dtype)
     along = [jnp.sum(d_out * rows[i].astype(jnp.float32), axis=1) for i in pairs.place.T]
     d_weights = jnp.where(expert_ids < experts, jnp.stack(along, axis=1), 0)
