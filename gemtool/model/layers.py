@@ -14,7 +14,7 @@ from gemtool.model.params import Tree
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     """RMSNorm (arXiv 1910.07467) over the last axis: [..., D] and a scale [D] -> [..., D]."""
-    return jnp.einsum("...d,d->...d", plain_rms_norm(x, eps), scale)
+    return plain_rms_norm(x, eps) * jnp.broadcast_to(scale, x.shape)
 
 
 def plain_rms_norm(x: jax.Array, eps: float) -> jax.Array:

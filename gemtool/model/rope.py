@@ -21,8 +21,7 @@ def rotary(
     """
     half = x.shape[-1] // 2
     frequency, amplitude = frequencies(x.shape[-1], theta, scaling)
-    angle = jnp.einsum("bt,f->btf", positions.astype(jnp.float32), jnp.asarray(frequency))
-    angle = angle[:, :, None, :]
+    angle = positions.astype(jnp.float32)[:, :, None, None] * frequency[None, None, None, :]
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     if amplitude != 1:
         cos, sin = cos * amplitude, sin * amplitude

@@ -1,16 +1,17 @@
 """Dropless mixture of experts (after MegaBlocks, arXiv 2211.15841) in plain XLA.
 
-Pairs (token, choice) are sorted by expert. An outer loop takes one expert at a time, and an inner
-loop with a dynamic bound takes its rows block by block, each one matmul with that expert's weights:
-work follows the number of rows that exist, not a capacity. An expert's last block runs on into rows
-of the next experts; what it writes there is overwritten when their turn comes, so that rows need no
-padding. The backward pass saves the gate and up projections and accumulates an expert's weight
+Pairs (token, choice) are sorted by expert. An outer loop takes one expert at a time, and inner loops
+with dynamic bounds take its rows block by block, each one matmul with that expert's weights: work
+follows the number of rows that exist, not a capacity. Blocks are tall, for speed, then low, so that
+little of the last one is empty. That one runs on into rows of the next experts; what it writes there
+is overwritten when their turn comes, so that rows need no padding. The backward pass saves the gate and up projections and accumulates an expert's weight
 gradients block by block, writing them to the [E, ...] arrays once.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -23,9 +24,16 @@ from gemtool.kernels.glu import Glu
 # Up to this many pairs (decoding), each is a chain of matrix-vector products by itself.
 FEW_PAIRS = 16
 
-# (mean rows of an expert, rows of a block). Taller matmuls are faster, but an expert's last block
-# is on average half empty.
-BLOCK_ROWS = ((1024, 256), (512, 128), (64, 64), (32, 32), (16, 16), (0, 8))
+# (mean rows of an expert, rows of its blocks). Taller matmuls are faster, but the last block is on
+# average half empty. Each size is a multiple of the next.
+BLOCK_ROWS: tuple[tuple[int, tuple[int, ...]], ...] = (
+    (512, (256, 64, 16)),
+    (96, (128, 16)),
+    (48, (64, 16)),
+    (32, (32, 16)),
+    (16, (16,)),
+    (0, (8,)),
+)
 
 Weights = dict[str, jax.Array]
 """Matrices "gate", "up" [E, D, F] and "down" [E, F, D], and "gate_bias" [E, F], ... where there are
@@ -61,7 +69,7 @@ class _Sorted(NamedTuple):
     place: jax.Array  # int32 [T, K]: where a pair is in this order
     start: jax.Array  # int32 [E]: the first pair of an expert
     rows: jax.Array  # int32 [E]: how many it has
-    block: int  # rows of a matmul
+    blocks: tuple[int, ...]  # rows of a matmul, the tallest first
 
 
 def _sort(expert_ids: jax.Array, experts: int) -> _Sorted:
@@ -72,13 +80,13 @@ def _sort(expert_ids: jax.Array, experts: int) -> _Sorted:
     edges = jnp.searchsorted(flat[order], jnp.arange(experts + 1, dtype=jnp.int32))
     edges = edges.astype(jnp.int32)
     mean = pairs // experts
-    block = next(rows for least, rows in BLOCK_ROWS if mean >= least)
+    blocks = next(sizes for least, sizes in BLOCK_ROWS if mean >= least)
     return _Sorted(
         token=order // expert_ids.shape[1],
         place=place.reshape(expert_ids.shape),
         start=edges[:-1],
         rows=edges[1:] - edges[:-1],
-        block=block,
+        blocks=blocks,
     )
 
 
@@ -90,26 +98,25 @@ def _forward(
     weights: jax.Array,
     w: Weights,
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    """The output; with `keep` also the gate and up projections [N + block, F] of sorted pairs."""
+    """The output; with `keep` also the gate and up projections of sorted pairs [N + lowest, F]."""
     experts, dim, hidden = w["gate"].shape
     dtype = accumulator(x.dtype)
     pairs = _sort(expert_ids, experts)
-    rows = expert_ids.size + pairs.block
+    rows = expert_ids.size + pairs.blocks[-1]
     x_rows = _gather(x.astype(dtype), pairs)
 
     def one_expert(e: jax.Array, carry: Any) -> Any:
         own = _expert(w, e, dtype)
 
-        def one_block(b: jax.Array, carry: Any) -> Any:
+        def one_block(at: jax.Array, size: int, carry: Any) -> Any:
             y_rows, *kept = carry
-            at = pairs.start[e] + b * pairs.block
-            x_b = lax.dynamic_slice_in_dim(x_rows, at, pairs.block)
+            x_b = lax.dynamic_slice_in_dim(x_rows, at, size)
             gate, up = _project(own, "gate", x_b), _project(own, "up", x_b)
             y = _project(own, "down", glu(gate, up))
             new = (y, gate, up) if keep else (y,)
             return [_put(old, value, at) for old, value in zip((y_rows, *kept), new, strict=True)]
 
-        return lax.fori_loop(jnp.int32(0), _blocks(pairs, e), one_block, carry)
+        return _over_blocks(pairs, e, one_block, carry)
 
     widths = (dim, hidden, hidden) if keep else (dim,)
     carry = [jnp.zeros((rows, width), dtype) for width in widths]
@@ -130,14 +137,13 @@ def _experts_bwd(glu: Glu, saved: Any, d_out: jax.Array) -> tuple[Any, ...]:
         d_x_rows, d_share, d_w = carry
         own = _expert(w, e, dtype)
 
-        def one_block(b: jax.Array, carry: Any) -> Any:
+        def one_block(at: jax.Array, size: int, carry: Any) -> Any:
             d_x_rows, d_share, d_own = carry
-            at = pairs.start[e] + b * pairs.block
-            row = b * pairs.block + jnp.arange(pairs.block, dtype=jnp.int32)
-            mine = (row < pairs.rows[e])[:, None]  # the rest of the block is other experts'
+            row = at + jnp.arange(size, dtype=jnp.int32)
+            mine = (row < pairs.start[e] + pairs.rows[e])[:, None]  # the rest is other experts'
 
             def block(rows: jax.Array) -> jax.Array:
-                return lax.dynamic_slice_in_dim(rows, at, pairs.block)
+                return lax.dynamic_slice_in_dim(rows, at, size)
 
             x_b, d_out_b, gate, up = (block(r) for r in (x_rows, d_rows, gate_rows, up_rows))
             share = jnp.where(mine, block(share_rows)[:, None], 0)
@@ -156,7 +162,7 @@ def _experts_bwd(glu: Glu, saved: Any, d_out: jax.Array) -> tuple[Any, ...]:
             return d_x_rows, d_share, jax.tree.map(jnp.add, d_own, new)
 
         start = (d_x_rows, d_share, jax.tree.map(jnp.zeros_like, own))
-        d_x_rows, d_share, d_own = lax.fori_loop(jnp.int32(0), _blocks(pairs, e), one_block, start)
+        d_x_rows, d_share, d_own = _over_blocks(pairs, e, one_block, start)
         d_w = {
             name: lax.dynamic_update_index_in_dim(old, d_own[name].astype(old.dtype), e, 0)
             for name, old in d_w.items()
@@ -214,13 +220,25 @@ def _project(own: Weights, name: str, x: jax.Array) -> jax.Array:
     return y if bias is None else y + jnp.broadcast_to(bias, y.shape)
 
 
-def _blocks(pairs: _Sorted, e: jax.Array) -> jax.Array:
-    return (pairs.rows[e] + pairs.block - 1) // pairs.block
+def _over_blocks(
+    pairs: _Sorted, e: jax.Array, body: Callable[[jax.Array, int, Any], Any], carry: Any
+) -> Any:
+    """Fold `body(first row, rows, carry)` over the blocks of an expert."""
+    least = pairs.blocks[-1]
+    at, left = pairs.start[e], (pairs.rows[e] + least - 1) // least * least
+    for size in pairs.blocks:
+
+        def one_block(b: jax.Array, carry: Any, size: int = size, at: jax.Array = at) -> Any:
+            return body(at + b * size, size, carry)
+
+        carry = lax.fori_loop(jnp.int32(0), left // size, one_block, carry)
+        at, left = at + left // size * size, left % size
+    return carry
 
 
 def _gather(x: jax.Array, pairs: _Sorted) -> jax.Array:
-    """[T, D] -> [N + block, D]: row of each sorted pair, then zeros for the last block."""
-    return jnp.pad(x[pairs.token], ((0, pairs.block), (0, 0)))
+    """[T, D] -> [N + lowest, D]: row of each sorted pair, then zeros for what the last block runs on to."""
+    return jnp.pad(x[pairs.token], ((0, pairs.blocks[-1]), (0, 0)))
 
 
 def _put(rows: jax.Array, block: jax.Array, at: jax.Array) -> jax.Array:
@@ -230,7 +248,7 @@ def _put(rows: jax.Array, block: jax.Array, at: jax.Array) -> jax.Array:
 def _combine(
     rows: jax.Array, pairs: _Sorted, expert_ids: jax.Array, weights: jax.Array, experts: int
 ) -> jax.Array:
-    """[N + block, D] -> [T, D]: the weighted sum of each token's rows, in order of its choices."""
+    """[N + lowest, D] -> [T, D]: the weighted sum of each token's rows, in order of its choices."""
     out = jnp.zeros((len(expert_ids), rows.shape[1]), rows.dtype)
     for choice in range(expert_ids.shape[1]):
         present = expert_ids[:, choice, None] < experts
