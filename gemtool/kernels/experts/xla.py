@@ -4,8 +4,9 @@ Pairs (token, choice) are sorted by expert. An outer loop takes one expert at a 
 with dynamic bounds take its rows block by block, each one matmul with that expert's weights: work
 follows the number of rows that exist, not a capacity. Blocks are tall, for speed, then low, so that
 little of the last one is empty. That one runs on into rows of the next experts; what it writes there
-is overwritten when their turn comes, so that rows need no padding. The backward pass saves the gate and up projections and accumulates an expert's weight
-gradients block by block, writing them to the [E, ...] arrays once.
+is overwritten when their turn comes, so that rows need no padding. The backward pass saves the gate
+and up projections and accumulates an expert's weight gradients block by block, writing them to the
+[E, ...] arrays once.
 """
 
 from __future__ import annotations
@@ -237,7 +238,7 @@ def _over_blocks(
 
 
 def _gather(x: jax.Array, pairs: _Sorted) -> jax.Array:
-    """[T, D] -> [N + lowest, D]: row of each sorted pair, then zeros for what the last block runs on to."""
+    """[T, D] -> [N + lowest, D]: row of each sorted pair, then zeros for the last block."""
     return jnp.pad(x[pairs.token], ((0, pairs.blocks[-1]), (0, 0)))
 
 
