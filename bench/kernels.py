@@ -9,14 +9,13 @@ Both run on one core where the system can be told so (`--all-cores` leaves it al
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from measure import Action, Row, call, compare, report
+from measure import Action, Row, call, compare, keep_to_one_core, report
 
 from gemtool.kernels import attention, expert_mlp, experts, flash_attention
 
@@ -140,9 +139,8 @@ def main() -> None:
     parser.add_argument("--only", default="", help="run the cases whose label contains this")
     parser.add_argument("--all-cores", action="store_true", help="do not keep to one core")
     options = parser.parse_args()
-    if not options.all_cores and hasattr(os, "sched_setaffinity"):
-        # Before jax counts them, when it makes its threads.
-        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    if not options.all_cores:
+        keep_to_one_core()
     report(lambda _: rows(options.impl, options.only))
 
 

@@ -47,6 +47,13 @@ class Cost:
 Action = Callable[[], Cost]
 
 
+def keep_to_one_core() -> None:
+    """Where the system can be told so. To be called before jax and torch count cores and make
+    their threads."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+
+
 def call(function: Callable[[], object]) -> Cost:
     """The cost of a function in this process."""
     return _measured(resource.RUSAGE_SELF, function)

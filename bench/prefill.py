@@ -13,7 +13,6 @@ LENGTH = 4096
 
 
 def rows(folder: Path, length: int = LENGTH) -> Iterator[Row]:
-    """Counts two operations for each active parameter but the embedding, and the attention."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -44,14 +43,7 @@ def rows(folder: Path, length: int = LENGTH) -> Iterator[Row]:
         for _ in range(4):
             jax.block_until_ready(multiply(square))
 
-    _, active = params.count_params(config)
-    active -= config.vocab_size * config.d_model
-    kinds = config.layer_kinds
-    pairs = sum(
-        kind.heads * kind.head_dim * (min(kind.window, length) if kind.window else length / 2)
-        for kind in kinds
-    )
-    work = length * (2 * active + 4 * pairs)
+    work = operations(config, length)
     row = compare(
         f"prefill nano, {length} tokens, against matmul",
         lambda: call(ours),
@@ -61,6 +53,23 @@ def rows(folder: Path, length: int = LENGTH) -> Iterator[Row]:
         work=(work / 1e9, 4 * 2 * 2048**3 / 1e9),
     )
     yield {**row, "tokens_s": length * row["ours"] / (work / 1e9)}
+
+
+def operations(config: Any, length: int) -> float:
+    """What the layers of a model need to compute for a sequence, forward: two operations for each
+    parameter of a matrix that a token runs through, and attention to what it sees."""
+    from gemtool.model.params import flatten, param_specs
+
+    moe, active = config.moe, 0.0
+    for path, spec in flatten(param_specs(config)).items():
+        if path.startswith("layers/") and len(spec.shape) > 1:
+            routed = moe is not None and spec.axes[0] == "expert"
+            active += spec.size * (moe.top_k / moe.experts if routed else 1)
+    pairs = 0.0
+    for kind in config.layer_kinds:
+        seen = min(kind.window or length, length)
+        pairs += kind.heads * kind.head_dim * (seen * (length - seen) + seen * (seen + 1) / 2)
+    return 2 * length * active + 4 * pairs
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import subprocess
@@ -11,6 +12,9 @@ from typing import Any
 
 import pytest
 
+from gemtool.model.config import load_preset
+from gemtool.model.params import count_params
+
 BENCH = Path(__file__).parent.parent / "bench"
 
 
@@ -18,6 +22,11 @@ BENCH = Path(__file__).parent.parent / "bench"
 def measure(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(str(BENCH))
     return importlib.import_module("measure")
+
+
+@pytest.fixture
+def model(measure: Any) -> Any:
+    return importlib.import_module("model")
 
 
 def test_a_ratio_is_that_of_runs_side_by_side(measure: Any) -> None:
@@ -85,3 +94,37 @@ def test_an_unknown_benchmark_is_named() -> None:
     done = subprocess.run([sys.executable, BENCH, "speed"], capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr.startswith("no benchmark of 'speed'; there are kernels, ")
+
+
+def test_needed_operations_are_counted(model: Any) -> None:
+    family = model.qwen3_moe()
+    total, _ = count_params(family.ours)
+    assert round(total / 1e6) == 408
+    # Queries, keys, values and outputs; the router; 4 experts of 3 matrices. Then scores and values
+    # of the pairs that see each other.
+    layer = 768 * (12 + 4 + 4 + 12) * 64 + 768 * 32 + 4 * 3 * 768 * 384
+    pairs = 512 * 513 / 2
+    assert model.operations(family.ours, 512) == 12 * (2 * 512 * layer + 4 * 12 * 64 * pairs)
+    nano = load_preset("nano")
+    window = next(kind for kind in nano.kinds if kind.window)
+    one = dataclasses.replace(nano, layers=window.letter, kinds=(window,))
+    grown = model.operations(one, 2 * window.window + 1) - model.operations(one, 2 * window.window)
+    weights = model.operations(one, 1) - 4 * window.heads * window.head_dim
+    assert grown == weights + 4 * window.heads * window.head_dim * window.window
+
+
+def test_models_are_compared_and_agree(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("torch", "transformers"):
+        pytest.importorskip(module)
+    monkeypatch.setattr(model, "PREFILL", ((96, 1),))
+    for name, value in {"CONTEXT": 64, "TOKENS": 4, "STEPS": 1}.items():
+        monkeypatch.setattr(model, name, value)
+    family = model.qwen3_moe(2, 64, heads=(2, 1), hidden=32, choices=(2, 4), vocab=500)
+    theirs = model.random_model(family)
+    *exact, rounded = model.inference_rows(family, theirs)
+    exact.append(model.training_row(family, theirs, 1, 96))
+    assert [row["what"].split()[0] for row in exact] == ["prefill", "decoding", "training"]
+    assert all(0 < row["difference"] <= model.TOLERANCE for row in exact)
+    assert rounded["difference"] > max(row["difference"] for row in exact)
+    with pytest.raises(SystemExit, match=r"differ by 0\.5"):
+        model.assert_close(1.0, 1.5)

@@ -256,7 +256,7 @@ def _project(
         q, k, v = (x + p[f"{n}_bias"][None, None] for n, x in zip("qkv", (q, k, v), strict=True))
     if kind.qk_norm == "unit":
         q, k = unit_norm(q), unit_norm(k)
-        q = jnp.einsum("bthk,h->bthk", q, jnp.exp(p["log_temperature"]).astype(q.dtype))
+        q = q * jnp.exp(p["log_temperature"]).astype(q.dtype)[None, None, :, None]
     elif kind.qk_norm == "rms":
         q, k = norm(config, q, p["q_norm"]), norm(config, k, p["k_norm"])
     elif kind.qk_norm == "rms_joint":
@@ -296,7 +296,7 @@ def _convolve(taps: jax.Array, rows: jax.Array, segments: jax.Array | None) -> j
     total = jnp.zeros_like(rows[:, :count])
     for j in range(width):
         back = slice(width - 1 - j, width - 1 - j + count)
-        term = jnp.einsum("bmd,d->bmd", rows[:, back], taps[j])
+        term = rows[:, back] * taps[j][None, None, :]
         if segments is not None and j > 0:
             same = segments[:, back] == segments[:, width - 1 :]
             term = jnp.where(same[:, :, None], term, 0.0)

@@ -20,7 +20,7 @@ def rotary(
     and keys depend on the difference of positions only.
     """
     frequency, amplitude = frequencies(x.shape[-1], theta, scaling)
-    angle = jnp.einsum("bt,f->btf", positions.astype(jnp.float32), jnp.asarray(frequency))
+    angle = positions.astype(jnp.float32)[:, :, None] * jnp.asarray(frequency)[None, None]
     return rotate(x, angle, amplitude)
 
 

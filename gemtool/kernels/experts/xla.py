@@ -1,16 +1,18 @@
 """Dropless mixture of experts (after MegaBlocks, arXiv 2211.15841) in plain XLA.
 
-Pairs (token, choice) are sorted by expert. An outer loop takes one expert at a time, and an inner
-loop with a dynamic bound takes its rows block by block, each one matmul with that expert's weights:
-work follows the number of rows that exist, not a capacity. An expert's last block runs on into rows
-of the next experts; what it writes there is overwritten when their turn comes, so that rows need no
-padding. The backward pass saves the gate and up projections and accumulates an expert's weight
-gradients block by block, writing them to the [E, ...] arrays once.
+Pairs (token, choice) are sorted by expert. An outer loop takes one expert at a time, and inner loops
+with dynamic bounds take its rows block by block, each one matmul with that expert's weights: work
+follows the number of rows that exist, not a capacity. Blocks are tall, for speed, then low, so that
+little of the last one is empty. That one runs on into rows of the next experts; what it writes there
+is overwritten when their turn comes, so that rows need no padding. The backward pass saves the gate
+and up projections and accumulates an expert's weight gradients block by block, writing them to the
+[E, ...] arrays once.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -24,9 +26,16 @@ from gemtool.kernels.glu import Glu
 # Up to this many pairs (decoding), each is a chain of matrix-vector products by itself.
 FEW_PAIRS = 16
 
-# (mean rows of an expert, rows of a block). Taller matmuls are faster, but an expert's last block
-# is on average half empty.
-BLOCK_ROWS = ((1024, 256), (512, 128), (64, 64), (32, 32), (16, 16), (0, 8))
+# (mean rows of an expert, rows of its blocks). Taller matmuls are faster, but the last block is on
+# average half empty. Each size is a multiple of the next.
+BLOCK_ROWS: tuple[tuple[int, tuple[int, ...]], ...] = (
+    (512, (256, 64, 16)),
+    (96, (128, 16)),
+    (48, (64, 16)),
+    (32, (32, 16)),
+    (16, (16,)),
+    (0, (8,)),
+)
 
 Weights = dict[str, jax.Array]
 """Matrices "gate", "up" [E, D, F] and "down" [E, F, D], and "gate_bias" [E, F], ... where there are
@@ -63,26 +72,25 @@ def _forward(
     weights: jax.Array,
     w: Weights,
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    """The output; with `keep` also the gate and up projections [N + block, F] of sorted pairs."""
+    """The output; with `keep` also the gate and up projections of sorted pairs [N + lowest, F]."""
     experts, dim, hidden = w["gate"].shape
     dtype = accumulator(x.dtype)
-    pairs, size = sort_pairs(expert_ids, experts), _block_rows(expert_ids, experts)
-    rows = expert_ids.size + size
-    x_rows = _gather(x.astype(dtype), pairs, size)
+    pairs, blocks = sort_pairs(expert_ids, experts), _block_rows(expert_ids, experts)
+    rows = expert_ids.size + blocks[-1]
+    x_rows = _gather(x.astype(dtype), pairs, blocks)
 
     def one_expert(e: jax.Array, carry: Any) -> Any:
         own = _expert(w, e, dtype)
 
-        def one_block(b: jax.Array, carry: Any) -> Any:
+        def one_block(at: jax.Array, size: int, carry: Any) -> Any:
             y_rows, *kept = carry
-            at = pairs.start[e] + b * size
             x_b = lax.dynamic_slice_in_dim(x_rows, at, size)
             gate, up = _project(own, "gate", x_b), _project(own, "up", x_b)
             y = _project(own, "down", glu(gate, up))
             new = (y, gate, up) if keep else (y,)
             return [_put(old, value, at) for old, value in zip((y_rows, *kept), new, strict=True)]
 
-        return lax.fori_loop(jnp.int32(0), _blocks(pairs, e, size), one_block, carry)
+        return _over_blocks(pairs, blocks, e, one_block, carry)
 
     widths = (dim, hidden, hidden) if keep else (dim,)
     carry = [jnp.zeros((rows, width), dtype) for width in widths]
@@ -95,8 +103,8 @@ def _experts_bwd(glu: Glu, saved: Any, d_out: jax.Array) -> tuple[Any, ...]:
     (x, expert_ids, weights, w), (gate_rows, up_rows) = saved
     experts = w["gate"].shape[0]
     dtype = accumulator(x.dtype)
-    pairs, size = sort_pairs(expert_ids, experts), _block_rows(expert_ids, experts)
-    x_rows, d_rows = (_gather(rows.astype(dtype), pairs, size) for rows in (x, d_out))
+    pairs, blocks = sort_pairs(expert_ids, experts), _block_rows(expert_ids, experts)
+    x_rows, d_rows = (_gather(rows.astype(dtype), pairs, blocks) for rows in (x, d_out))
     share_rows = jnp.zeros(len(x_rows), dtype)
     share_rows = share_rows.at[pairs.place.reshape(-1)].set(weights.astype(dtype).reshape(-1))
 
@@ -104,11 +112,10 @@ def _experts_bwd(glu: Glu, saved: Any, d_out: jax.Array) -> tuple[Any, ...]:
         d_x_rows, d_share, d_w = carry
         own = _expert(w, e, dtype)
 
-        def one_block(b: jax.Array, carry: Any) -> Any:
+        def one_block(at: jax.Array, size: int, carry: Any) -> Any:
             d_x_rows, d_share, d_own = carry
-            at = pairs.start[e] + b * size
-            row = b * size + jnp.arange(size, dtype=jnp.int32)
-            mine = (row < pairs.rows[e])[:, None]  # the rest of the block is other experts'
+            row = at + jnp.arange(size, dtype=jnp.int32)
+            mine = (row < pairs.start[e] + pairs.rows[e])[:, None]  # the rest is other experts'
 
             def block(rows: jax.Array) -> jax.Array:
                 return lax.dynamic_slice_in_dim(rows, at, size)
@@ -130,9 +137,7 @@ def _experts_bwd(glu: Glu, saved: Any, d_out: jax.Array) -> tuple[Any, ...]:
             return d_x_rows, d_share, jax.tree.map(jnp.add, d_own, new)
 
         start = (d_x_rows, d_share, jax.tree.map(jnp.zeros_like, own))
-        d_x_rows, d_share, d_own = lax.fori_loop(
-            jnp.int32(0), _blocks(pairs, e, size), one_block, start
-        )
+        d_x_rows, d_share, d_own = _over_blocks(pairs, blocks, e, one_block, start)
         d_w = {
             name: lax.dynamic_update_index_in_dim(old, d_own[name].astype(old.dtype), e, 0)
             for name, old in d_w.items()
@@ -190,18 +195,35 @@ def _project(own: Weights, name: str, x: jax.Array) -> jax.Array:
     return y if bias is None else y + jnp.broadcast_to(bias, y.shape)
 
 
-def _block_rows(expert_ids: jax.Array, experts: int) -> int:
+def _block_rows(expert_ids: jax.Array, experts: int) -> tuple[int, ...]:
+    """Rows of the matmuls, the tallest first."""
     mean = expert_ids.size // experts
-    return next(rows for least, rows in BLOCK_ROWS if mean >= least)
+    return next(sizes for least, sizes in BLOCK_ROWS if mean >= least)
 
 
-def _blocks(pairs: Pairs, e: jax.Array, size: int) -> jax.Array:
-    return (pairs.rows[e] + size - 1) // size
+def _over_blocks(
+    pairs: Pairs,
+    blocks: tuple[int, ...],
+    e: jax.Array,
+    body: Callable[[jax.Array, int, Any], Any],
+    carry: Any,
+) -> Any:
+    """Fold `body(first row, rows, carry)` over the blocks of an expert."""
+    least = blocks[-1]
+    at, left = pairs.start[e], (pairs.rows[e] + least - 1) // least * least
+    for size in blocks:
+
+        def one_block(b: jax.Array, carry: Any, size: int = size, at: jax.Array = at) -> Any:
+            return body(at + b * size, size, carry)
+
+        carry = lax.fori_loop(jnp.int32(0), left // size, one_block, carry)
+        at, left = at + left // size * size, left % size
+    return carry
 
 
-def _gather(x: jax.Array, pairs: Pairs, size: int) -> jax.Array:
-    """[T, D] -> [N + size, D]: row of each sorted pair, then zeros for the last block."""
-    return jnp.pad(x[pairs.token], ((0, size), (0, 0)))
+def _gather(x: jax.Array, pairs: Pairs, blocks: tuple[int, ...]) -> jax.Array:
+    """[T, D] -> [N + lowest, D]: row of each sorted pair, then zeros for the last block."""
+    return jnp.pad(x[pairs.token], ((0, blocks[-1]), (0, 0)))
 
 
 def _put(rows: jax.Array, block: jax.Array, at: jax.Array) -> jax.Array:
