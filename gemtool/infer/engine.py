@@ -16,7 +16,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -121,6 +121,12 @@ def _grown(buffers: Buffers, capacity: int) -> Buffers:
     return jax.tree.map(
         lambda x: jnp.pad(x, ((0, 0), (0, capacity - x.shape[1]), (0, 0), (0, 0))), buffers
     )
+
+
+@cache
+def _cache_shapes(config: ModelConfig, capacity: int) -> Cache:
+    """Traced once, not for every sequence."""
+    return jax.eval_shape(partial(init_cache, config, 1, capacity))
 
 
 def capacity_for(length: int) -> int:
@@ -304,7 +310,7 @@ class Engine:
 
     def _empty(self, capacity: int) -> Cache:
         # Zeros of numpy: those of jax would be a program to compile for each shape.
-        shapes = jax.eval_shape(partial(init_cache, self.config, 1, capacity))
+        shapes = _cache_shapes(self.config, capacity)
         return jax.tree.map(lambda x: jax.device_put(np.zeros(x.shape, x.dtype)), shapes)
 
     def restore(

@@ -281,7 +281,9 @@ class _Run:
                 params = extend_params(params, self.initial.config, self.initial.vocab, self.vocab)
         if self.record is None:
             state = init_state(self.config, self.optimizer, self.options.seed, params)
-            return state if self.shardings is None else jax.device_put(state, self.shardings)
+            # Where it is, told to the arrays, as those of a restored state are: else a resumed run
+            # would be another program.
+            return jax.device_put(state, self.shardings or jax.devices()[0])
         self.loader.set_state(self.record["loader"])
         like = abstract_state(self.config, self.optimizer)
         if self.shardings is not None:
