@@ -59,11 +59,11 @@ def _tell_of_programs() -> None:
         if event == "/jax/compilation_cache/cache_hits":
             this.hit = True
 
-    def on_duration(event: str, seconds: float, **about: Any) -> None:
+    def on_duration(event: str, duration_secs: float, **about: Any) -> None:
         if event == "/jax/core/compile/backend_compile_duration":
             how = "from the cache" if getattr(this, "hit", False) else "compiled"
             this.hit = False
-            log.debug(f"{about.get('fun_name', 'a program')}: {how} in {seconds:.3f} s")
+            log.debug(f"{about.get('fun_name', 'a program')}: {how} in {duration_secs:.3f} s")
 
     jax.monitoring.register_event_listener(on_event)
     jax.monitoring.register_event_duration_secs_listener(on_duration)
