@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import errno
+import functools
 import logging
 import os
+import threading
 from pathlib import Path
+from typing import Any
 
 from gemtool import log
 from gemtool.errors import reason
@@ -27,6 +30,7 @@ def setup_jax() -> None:
     logging.getLogger("jax").setLevel(logging.ERROR)
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
+    _tell_of_programs()
     folder = cache_folder()
     if folder is None:
         return
@@ -40,8 +44,29 @@ def setup_jax() -> None:
         tell(f"{folder}: compiled programs are not kept: {reason(problem)}")
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+
+@functools.cache  # once a process
+def _tell_of_programs() -> None:
+    """Has the debug log say which programs were compiled, and which the cache had."""
+    import jax
+
+    this = threading.local()
+
+    def on_event(event: str, **_: Any) -> None:
+        if event == "/jax/compilation_cache/cache_hits":
+            this.hit = True
+
+    def on_duration(event: str, duration_secs: float, **about: Any) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            how = "from the cache" if getattr(this, "hit", False) else "compiled"
+            this.hit = False
+            log.debug(f"{about.get('fun_name', 'a program')}: {how} in {duration_secs:.3f} s")
+
+    jax.monitoring.register_event_listener(on_event)
+    jax.monitoring.register_event_duration_secs_listener(on_duration)
 
 
 def memory_size() -> int | None:

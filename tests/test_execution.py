@@ -13,7 +13,7 @@ import pytest
 
 from gemtool.model import params
 from gemtool.model.config import PRESETS, ModelConfig, load_preset
-from gemtool.model.execution import FLOAT32, Execution, training_on
+from gemtool.model.execution import FLOAT32, Execution, suitable
 from gemtool.model.stacking import Repeats, repeats, stack_layers, unstack_layers
 from gemtool.model.transformer import forward
 from gemtool.train.objectives import next_token_loss
@@ -175,5 +175,5 @@ def test_a_training_step_of_stacked_layers_is_one_of_layers_apart() -> None:
 
 
 def test_accelerators_get_bfloat16_and_a_loop() -> None:
-    assert training_on("cpu") == Execution("float32", remat=False, stacked=False)
-    assert training_on("tpu") == training_on("gpu") == Execution("bfloat16", True, True)
+    assert suitable("cpu") == Execution("float32", remat=False, stacked=False)
+    assert suitable("tpu") == suitable("gpu") == Execution("bfloat16", True, True)

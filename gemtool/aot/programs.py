@@ -154,6 +154,6 @@ def _step(
     everywhere = NamedSharding(mesh, PartitionSpec())
     tokens = jax.ShapeDtypeStruct((steps,), jnp.int32, sharding=everywhere)
     valid = jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere)
-    program = engine._step if scored else engine._step_kv
+    program = engine.scored_step if scored else engine.kv_step
     with jax.set_mesh(mesh), compiling_for("tpu"):
         return program.lower(params, config, tokens, None, valid, buffers, state)

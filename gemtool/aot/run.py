@@ -51,7 +51,7 @@ def compile_only(verb: Literal["train", "prefill", "decode"], options: CompileOp
     from gemtool.aot.report import compile_program, table
     from gemtool.checkpoint import open_checkpoint
     from gemtool.data.settings import MediaSettings
-    from gemtool.model.execution import Execution, training_on
+    from gemtool.model.execution import Execution, suitable
     from gemtool.model.mesh import describe, parse_mesh
     from gemtool.train.loader import open_data
     from gemtool.train.loop import fit_to_data, load_model
@@ -67,7 +67,7 @@ def compile_only(verb: Literal["train", "prefill", "decode"], options: CompileOp
         length = shards.length
         settings = MediaSettings.from_dict(shards.settings)
         config = fit_to_data(config, shards.manifest["vocab"]["size"], settings)
-    suits = training_on("tpu")
+    suits = suitable("tpu")
     dtype = options.dtype or suits.dtype
     if verb == "train":
         sizes = programs.training_mesh(config, topology)

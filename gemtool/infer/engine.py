@@ -36,8 +36,9 @@ from gemtool.model.attention import LayerCache
 from gemtool.model.buffers import buffer_capacity, grow, read_rows
 from gemtool.model.cache import Cache, abstract_cache, constrain_cache, full_layers, state_arrays
 from gemtool.model.config import ModelConfig
+from gemtool.model.execution import suitable
 from gemtool.model.mesh import param_shardings
-from gemtool.model.params import Tree
+from gemtool.model.params import Tree, in_dtype
 from gemtool.stream.context import BLOCK, ContextHeader
 from gemtool.stream.spans import Span
 
@@ -54,7 +55,7 @@ def abstract_sequence(
     config: ModelConfig, capacity: int, mesh: Mesh | None = None
 ) -> tuple[Buffers, Cache]:
     """Shapes, dtypes and on a mesh shardings of the buffers and the state of a sequence with room for
-    `capacity` positions: what `_step` can be lowered with."""
+    `capacity` positions: what `scored_step` can be lowered with."""
     return _split(config, abstract_cache(config, 1, capacity, mesh))
 
 
@@ -85,7 +86,7 @@ def _embedded(
 
 
 @partial(jax.jit, static_argnames="config", donate_argnames="buffers")
-def _step(
+def scored_step(
     params: Tree,
     config: ModelConfig,
     tokens: jax.Array,
@@ -102,7 +103,7 @@ def _step(
 
 
 @partial(jax.jit, static_argnames="config", donate_argnames="buffers")
-def _step_kv(
+def kv_step(
     params: Tree,
     config: ModelConfig,
     tokens: jax.Array,
@@ -111,7 +112,7 @@ def _step_kv(
     buffers: Buffers,
     state: Cache,
 ) -> tuple[Buffers, Cache]:
-    """The part of `_step` that far later positions can see."""
+    """The part of `scored_step` that far later positions can see."""
     x = _embedded(params, config, tokens, soft)
     cache = transformer.step_kv(params, config, x, _join(config, buffers, state), valid)
     return _split(config, constrain_cache(config, cache))
@@ -173,10 +174,10 @@ class Sequence:
         arguments = (engine.params, engine.config, tokens, soft, valid, self._taken(), self._state)
         with engine.on_mesh():
             if tile.scored:
-                self._logits, self._buffers, self._state = _step(*arguments)
+                self._logits, self._buffers, self._state = scored_step(*arguments)
             else:
                 self._logits = None
-                self._buffers, self._state = _step_kv(*arguments)
+                self._buffers, self._state = kv_step(*arguments)
         self.length += len(piece)
 
     def extend(self, tokens: np.ndarray) -> None:
@@ -284,10 +285,16 @@ class Engine:
         chunk: positions that prefill runs at a time; results do not depend on it.
         mesh: where it runs (`gemtool.model.mesh`), for a model that fits it; None: on one device.
             Contexts are the same wherever they are made.
+        dtype: "float32" or "bfloat16", of activations and of weights where they are multiplied; by
+            default what suits the device.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, chunk: int = CHUNK, mesh: Mesh | None = None
+        self,
+        checkpoint: Checkpoint,
+        chunk: int = CHUNK,
+        mesh: Mesh | None = None,
+        dtype: str | None = None,
     ) -> None:
         self.checkpoint = checkpoint
         self.config: ModelConfig = checkpoint.config
@@ -296,7 +303,8 @@ class Engine:
         self.reach = transformer.tail_reach(self.config)
         self.mesh = mesh
         places = None if mesh is None else param_shardings(self.config, mesh)
-        self.params = jax.device_put(checkpoint.load_params(), places)
+        dtype = dtype or suitable(jax.default_backend()).dtype
+        self.params = jax.device_put(in_dtype(checkpoint.load_params(), dtype), places)
 
     def on_mesh(self) -> contextlib.AbstractContextManager[Any]:
         """The context in which programs of this model run."""

@@ -30,8 +30,8 @@ class Execution:
 FLOAT32 = Execution()
 
 
-def training_on(platform: str) -> Execution:
-    """What training takes on "cpu", "gpu" or "tpu" unless told otherwise.
+def suitable(platform: str) -> Execution:
+    """What suits "cpu", "gpu" or "tpu", unless told otherwise; inference takes the dtype of it.
 
     XLA's CPU code is fastest with float32 and separate layers, and memory is rarely what is short;
     accelerators multiply bfloat16, and programs of many unrolled layers take them long to compile.

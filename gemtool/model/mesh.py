@@ -21,6 +21,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from gemtool.errors import UsageError, did_you_mean
@@ -84,7 +85,9 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
             f"{'is' if len(devices) == 1 else 'are'} {len(devices)}"
         )
     kinds = (AxisType.Auto,) * len(AXES)
-    return jax.make_mesh(shape, AXES, axis_types=kinds, devices=devices[:count])
+    # Neighbours along an axis are neighbours in the network of the chips, as far as that is possible.
+    placed = mesh_utils.create_device_mesh(shape, devices[:count], allow_split_physical_axes=True)
+    return Mesh(placed, AXES, axis_types=kinds)
 
 
 def describe(sizes: Mapping[str, int]) -> str:

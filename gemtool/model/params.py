@@ -346,7 +346,7 @@ def in_dtype(params: Tree, dtype: Any) -> Tree:
     def cast(path: str, leaf: Any) -> Any:
         name = path.rpartition("/")[2]
         stays = name in _ALWAYS_FLOAT32 or name.endswith("norm") or is_balance_bias(path)
-        return leaf if stays else leaf.astype(dtype)
+        return leaf if stays or leaf.dtype == dtype else leaf.astype(dtype)
 
     return unflatten({path: cast(path, leaf) for path, leaf in flatten(params).items()})
 

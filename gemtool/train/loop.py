@@ -24,7 +24,7 @@ from gemtool.data.shards import ShardFolder
 from gemtool.data.vocab import Vocab
 from gemtool.errors import GemtoolError, UsageError, did_you_mean
 from gemtool.model.config import PRESETS, ModelConfig, load_preset
-from gemtool.model.execution import Execution, training_on
+from gemtool.model.execution import Execution, suitable
 from gemtool.model.mesh import open_mesh
 from gemtool.model.params import Tree, count_params
 from gemtool.model.stacking import unstack_layers
@@ -287,7 +287,9 @@ class _Run:
         stacked = self.execution.stacked
         if self.record is None:
             state = init_state(self.config, self.optimizer, self.options.seed, params, stacked)
-            return state if self.shardings is None else jax.device_put(state, self.shardings)
+            # Where it is, told to the arrays, as those of a restored state are: else a resumed run
+            # would be another program.
+            return jax.device_put(state, self.shardings or jax.devices()[0])
         self.loader.set_state(self.record["loader"])
         # Its layers lie as those of the run that saved it.
         was_stacked = self.record["stacked"]
@@ -297,7 +299,7 @@ class _Run:
             places = state_shardings(self.config, optimizer, self.mesh, was_stacked)
             like = jax.tree.map(lambda x, where: x.update(sharding=where), like, places)
         state = restacked(self.config, self.folder.restore(self.start, like), stacked)
-        return state if self.shardings is None else jax.device_put(state, self.shardings)
+        return jax.device_put(state, self.shardings or jax.devices()[0])
 
     # The run
 
@@ -435,7 +437,7 @@ class _Run:
 
 def execution_for(options: TrainOptions, platform: str) -> Execution:
     """How a run on "cpu", "gpu" or "tpu" is computed: what was asked for, else what suits."""
-    suits = training_on(platform)
+    suits = suitable(platform)
     return Execution(
         dtype=suits.dtype if options.dtype is None else options.dtype,
         remat=suits.remat if options.remat is None else options.remat,
