@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 # A stamp tells that the environment matches pyproject.toml.
 READY := $(VENV)/.ready
 
-.PHONY: help install demo test test-ray test-all man lint format bench media clean
+.PHONY: help install demo test test-ray test-tpu test-all man lint format bench media clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -39,6 +39,15 @@ test-all: $(READY) man-check media test-ray ## Run every test, slow ones and rea
 test-ray: $(VENV)-ray/.ready ## Run the tests of --engine ray, in an environment of their own (260 MB)
 	$(VENV)-ray/bin/python -m pytest tests/test_cluster.py
 
+test-tpu: $(VENV)-tpu/.ready ## Compile every preset with the real TPU compiler, in an environment of its own (slow)
+	$(VENV)-tpu/bin/python -m pytest -n 2 tests/test_tpu.py tests/test_tpu_kernels.py
+
+$(VENV)-tpu/.ready: pyproject.toml
+	$(PYTHON) -m venv $(VENV)-tpu
+	$(VENV)-tpu/bin/python -m pip install --quiet --upgrade pip
+	$(VENV)-tpu/bin/python -m pip install --quiet --editable '.[test,tpu]'
+	touch $@
+
 $(VENV)-ray/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)-ray
 	$(VENV)-ray/bin/python -m pip install --quiet --upgrade pip
@@ -65,5 +74,5 @@ bench: $(READY) ## Benchmarks, each as a ratio to a limit measured in the same r
 	$(BIN)/python bench
 
 clean: ## Remove what the other targets made
-	rm -rf $(VENV) $(VENV)-ray build dist .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-ray $(VENV)-tpu build dist .mypy_cache .ruff_cache
 	$(MAKE) -C examples/demo clean

@@ -1,0 +1,109 @@
+"""The presets, compiled by the real TPU compiler: `make test-tpu`. Nothing here runs on a TPU.
+
+Programs are those of the command, with the kernels that TPUs get. A compilation takes minutes, so most
+are slow.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from typing import Any
+
+import pytest
+
+from tests.conftest import Command
+
+pytestmark = [
+    pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs gemtool[tpu]"),
+    pytest.mark.timeout(3600),
+]
+
+# A slice of each generation that holds the model in training.
+SLICES = {
+    "nano": {"v4": "2x2x1", "v5e": "2x2", "v5p": "2x2x1", "v6e": "2x2"},
+    "mini": {"v4": "2x2x1", "v5e": "2x4", "v5p": "2x2x1", "v6e": "2x2"},
+    "flash": {"v4": "2x2x2", "v5e": "4x4", "v5p": "2x2x1", "v6e": "2x4"},
+    "pro": {"v4": "8x8x8", "v5e": "16x16", "v5p": "4x4x4", "v6e": "16x16"},
+}
+LENGTH = {"nano": "1k", "mini": "4k", "flash": "4k", "pro": "4k"}
+EXPERTS = {"nano", "mini", "pro"}
+
+
+def compiled(gemtool: Command, verb: str, model: str, topology: str, *more: str) -> dict[str, Any]:
+    wanted = ("--model", model, "--topology", topology, *more)
+    done = gemtool(verb, "--compile-only", *wanted, timeout=3600)
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize(
+    ("model", "chip"),
+    [
+        pytest.param(
+            model, chip, marks=() if (model, chip) == ("nano", "v5e") else pytest.mark.slow
+        )
+        for model, slices in SLICES.items()
+        for chip in slices
+    ],
+)
+def test_training_fits(gemtool: Command, model: str, chip: str) -> None:
+    topology = f"{chip}:{SLICES[model][chip]}"
+    row = compiled(gemtool, "train", model, topology, "--length", LENGTH[model])
+    assert row["fits"], row["says"]
+    assert row["says"].startswith("It fits: it takes ")
+    assert row["hbm"]["total"] <= row["hbm"]["capacity"]
+    attention = {"forward_attention", "d_queries_attention", "d_keys_attention"}
+    experts = {"gmm", "tgmm"} if model in EXPERTS else set()
+    assert row["kernels"].keys() >= attention | experts
+    assert row["flops"] >= row["needed_flops"] > 0
+    assert row["seconds"]["step"] == max(
+        row["seconds"][part] for part in ("compute", "memory", "links")
+    )
+    assert row["collectives"]
+    assert "all-to-all" not in row["collectives"] or "expert=" in row["mesh"]
+
+
+@pytest.mark.parametrize("verb", ["prefill", "decode"])
+@pytest.mark.parametrize(
+    ("model", "topology"),
+    [
+        ("nano", "v5e:2x2"),
+        pytest.param("flash", "v6e:2x4", marks=pytest.mark.slow),
+        pytest.param("pro", "v5p:4x4x4", marks=pytest.mark.slow),
+    ],
+)
+def test_inference_fits(gemtool: Command, verb: str, model: str, topology: str) -> None:
+    row = compiled(gemtool, verb, model, topology, "--length", "1M")
+    assert row["fits"], row["says"]
+    assert "forward_attention" in row["kernels"]
+    if model in EXPERTS:
+        assert row["kernels"]["gmm"] > 0
+    # Keys and values of a million positions are never sent: a step's own rows are.
+    sent = sum(total["bytes"] for total in row["collectives"].values())
+    assert sent < row["hbm"]["arguments"]
+
+
+def test_what_does_not_fit_is_said(gemtool: Command) -> None:
+    row = compiled(gemtool, "train", "flash", "v5e:2x2", "--length", "2k")
+    assert row["fits"] is False
+    assert row["hbm"]["total"] is None or row["hbm"]["total"] > row["hbm"]["capacity"]
+    assert row["says"].startswith("It does not fit: it takes ")
+    assert "fsdp" in row["says"]
+
+
+def test_meshes_that_do_not_fit_are_refused(gemtool: Command) -> None:
+    for mesh, message in (
+        ("data=8", "takes 8 devices; there are 4"),
+        ("tensor=4", "tensor = 4 does not divide 2 heads"),
+    ):
+        done = gemtool(
+            *("train", "--compile-only", "--topology", "v5e:2x2", "--mesh", mesh), check=False
+        )
+        assert done.returncode == 2
+        assert message in done.stderr.decode()
+
+
+def test_slices_that_do_not_exist(gemtool: Command) -> None:
+    done = gemtool("train", "--compile-only", "--topology", "v5e:3x5", check=False)
+    assert done.returncode == 2
+    assert b"knows no such slice" in done.stderr
