@@ -10,6 +10,8 @@ per device (`jax.shard_map`):
   the gradients of keys and values travelling along, so that no device ever holds all of them;
 * experts: each row travels to the device that holds its expert, and back.
 
+Attention to a cache's window is here too; to all that it keeps of a sequence, in buffers.py.
+
 Axes: B sequences, T positions, H query heads, N key/value heads, K head dimension, D model; within a
 device they are that device's share.
 """
