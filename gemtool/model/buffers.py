@@ -27,7 +27,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec
 
 from gemtool.kernels.attention import flash_attention, merge_attention, partial_attention
-from gemtool.kernels.dispatch import accumulator
+from gemtool.kernels.dispatch import accumulator, target_platform
 from gemtool.model.mesh import RULES, constrain, current_mesh, partition
 
 RUN = 4096
@@ -258,8 +258,11 @@ class _Share:
 
 
 def _reshaped(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """`x` in another shape, where it lies: XLA may reorder axes of size 1, and would copy for it."""
+    """`x` in another shape, where it lies."""
     x = x.reshape(shape)
+    if target_platform() != "cpu":
+        return x
+    # There XLA may reorder axes of size 1, and copies the array for it.
     return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
 
 

@@ -6,12 +6,13 @@ Every mesh has the same five axes, of size 1 where they are not used:
 * `fsdp`      sequences too, and the parameters are cut, gathered where a layer needs them (ZeRO,
               arXiv 1910.02054);
 * `expert`    sequences too, and each device holds some of the experts; tokens travel to them;
-* `context`   positions of a sequence (ring attention, arXiv 2310.01889);
+* `context`   positions of a sequence (ring attention, arXiv 2310.01889), or of what a cache keeps;
 * `tensor`    heads and hidden units (Megatron, arXiv 1909.08053).
 
 `RULES` is the one table that maps the meaning of an array's axis to axes of the mesh. Dense parts of
 the model are left to XLA's partitioner, which follows the shardings of parameters and activations;
-attention and experts say themselves what is sent where (`parallel.py`, `expert_parallel.py`).
+attention and experts say themselves what is sent where (`parallel.py`, `expert_parallel.py`,
+`buffers.py`).
 """
 
 from __future__ import annotations

@@ -11,6 +11,8 @@ per device (`jax.shard_map`):
 * experts: each row travels to the device that holds its expert, and back;
 * media encoders: each device encodes its share of the groups.
 
+Attention to a cache's window is here too; to all that it keeps of a sequence, in buffers.py.
+
 Axes: B sequences, T positions, H query heads, N key/value heads, K head dimension, D model; within a
 device they are that device's share.
 """
