@@ -29,7 +29,9 @@ BLOCKS = Blocks(
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("window", [None, 1, 7])
-@pytest.mark.parametrize("span", [(0, 0, 40), (13, 0, 40), (13, 0, 33), (20, 12, 17), (3, 0, 0), (-9, 4, 40)])
+@pytest.mark.parametrize(
+    "span", [(0, 0, 40), (13, 0, 40), (13, 0, 33), (20, 12, 17), (3, 0, 0), (-9, 4, 40)]
+)
 def test_blocks_are_visited_if_something_is_seen(
     causal: bool, window: int | None, span: tuple[int, int, int]
 ) -> None:
