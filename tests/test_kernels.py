@@ -264,6 +264,16 @@ def test_attention_to_parts_merges_to_attention_to_all(impl: str, with_sink: boo
         np.testing.assert_allclose(got, want, **GRADIENT)
 
 
+def test_parts_in_bfloat16_merge_in_float32() -> None:
+    out = [jnp.asarray(normal(i, 1, 9, 2, 8), jnp.bfloat16) for i in (1, 2)]
+    lse = [jnp.asarray(normal(i, 1, 9, 2)) for i in (3, 4)]
+    got, total = merge_attention(list(zip(out, lse, strict=True)), jnp.asarray(normal(5, 2)))
+    wide = [(x.astype(jnp.float32), y) for x, y in zip(out, lse, strict=True)]
+    want, want_total = merge_attention(wide, jnp.asarray(normal(5, 2)))
+    np.testing.assert_array_equal(got, want.astype(jnp.bfloat16))
+    np.testing.assert_array_equal(total, want_total)
+
+
 def attention_loop(
     q: np.ndarray,
     k: np.ndarray,
