@@ -2,8 +2,8 @@
 
 Tolerances are float32 ones and are never relaxed for an implementation: the same sums in another
 order; where inputs are bfloat16, that of bfloat16 factors and results against the reference in
-float32, for gradients a share of their greatest value. The references themselves are held against
-float64 loops written in numpy.
+float32, for experts and gradients a share of the greatest value. The references themselves are held
+against float64 loops written in numpy.
 """
 
 from __future__ import annotations
@@ -65,8 +65,12 @@ def normal(seed: int, *shape: int, dtype: Any = np.float32, scale: float = 1.0) 
 def check_gradient(got: np.ndarray, want: np.ndarray, key: str, in_bfloat16: bool) -> None:
     tolerance = {"rtol": 2e-3, "atol": 2e-3} if got.dtype == np.float16 else GRADIENT
     if in_bfloat16 or narrow(got):
-        tolerance = {"rtol": 0, "atol": BFLOAT16["rtol"] * np.abs(want).max()}
+        tolerance = of_the_greatest(want)
     np.testing.assert_allclose(got.astype(np.float32), want, **tolerance, err_msg=key)
+
+
+def of_the_greatest(want: np.ndarray) -> dict[str, float]:
+    return {"rtol": 0, "atol": BFLOAT16["rtol"] * float(np.abs(want).max())}
 
 
 def narrow(x: Any) -> bool:
@@ -282,6 +286,16 @@ def test_attention_to_parts_merges_to_attention_to_all(impl: str, with_sink: boo
         np.testing.assert_allclose(got, want, **GRADIENT)
 
 
+def test_parts_in_bfloat16_merge_in_float32() -> None:
+    out = [jnp.asarray(normal(i, 1, 9, 2, 8), jnp.bfloat16) for i in (1, 2)]
+    lse = [jnp.asarray(normal(i, 1, 9, 2)) for i in (3, 4)]
+    got, total = merge_attention(list(zip(out, lse, strict=True)), jnp.asarray(normal(5, 2)))
+    wide = [(x.astype(jnp.float32), y) for x, y in zip(out, lse, strict=True)]
+    want, want_total = merge_attention(wide, jnp.asarray(normal(5, 2)))
+    np.testing.assert_array_equal(got, want.astype(jnp.bfloat16))
+    np.testing.assert_array_equal(total, want_total)
+
+
 def attention_loop(
     q: np.ndarray,
     k: np.ndarray,
@@ -482,7 +496,7 @@ def test_experts(impl: str, name: str) -> None:
     expected, expected_gradients = expert_results(name, "reference")
     arrays, ids = expert_case(name)
     in_bfloat16 = narrow(arrays["x"])
-    forward = BFLOAT16 if in_bfloat16 else FORWARD
+    forward = of_the_greatest(expected) if in_bfloat16 else FORWARD
     assert out.dtype == arrays["x"].dtype
     np.testing.assert_allclose(out.astype(np.float32), expected, **forward)
     if name.startswith(("one-token", "decode", "nobody", "distinct")):

@@ -274,7 +274,8 @@ def _ring_forward(
     sink: jax.Array | None,
 ) -> tuple[jax.Array, Any]:
     size, _ = fixed
-    seen = _own(fixed, segments, q, k, v)
+    out, lse = _own(fixed, segments, q, k, v)
+    seen = out.astype(lse.dtype), lse  # rounded once, after the last merge
 
     def visit(by: jax.Array, carry: Any) -> Any:
         seen, (k, v, theirs) = carry
@@ -284,19 +285,21 @@ def _ring_forward(
 
     seen, _ = jax.lax.fori_loop(1, size, visit, (seen, (k, v, segments)))
     out, lse = merge_attention([seen], sink)
+    out = out.astype(q.dtype)
     return out, (q, k, v, segments, sink, out, lse)
 
 
 def _ring_backward(fixed: Fixed, saved: Any, d_out: jax.Array) -> tuple[Any, ...]:
     size, _ = fixed
     q, k, v, segments, sink, out, lse = saved
-    along = jnp.sum(d_out * out, axis=-1)  # [B, T, H]
+    wide = d_out.astype(lse.dtype)
+    along = jnp.sum(wide * out.astype(lse.dtype), axis=-1)  # [B, T, H]
 
     def gradients(attend: Any, k: jax.Array, v: jax.Array) -> Any:
         (part, part_lse), back = jax.vjp(attend, q, k, v)
         share = jnp.exp(part_lse - lse)
-        d_lse = share * (jnp.sum(d_out * part, axis=-1) - along)
-        return back((d_out * share[..., None], d_lse))
+        d_lse = share * (jnp.sum(wide * part.astype(lse.dtype), axis=-1) - along)
+        return back(((wide * share[..., None]).astype(part.dtype), d_lse))
 
     d_q, d_k, d_v = gradients(functools.partial(_own, fixed, segments), k, v)
 

@@ -18,13 +18,14 @@ def merge_attention(
         sink: floating [H], of all.
 
     Returns:
-        What `partial_attention` gives for all keys together.
+        What `partial_attention` gives for all keys together, the output in the type of the first.
     """
     logs = jnp.stack([lse for _, lse in parts])
     everything = logs if sink is None else jnp.concatenate([logs, _like(sink, logs[:1])])
     total = jax.nn.logsumexp(everything, axis=0)
     shares = jnp.exp(logs - total[None])
-    out = sum(out * share[..., None] for (out, _), share in zip(parts, shares, strict=True))
+    wide = (out.astype(total.dtype) for out, _ in parts)
+    out = sum(out * share[..., None] for out, share in zip(wide, shares, strict=True))
     return out.astype(parts[0][0].dtype), total
 
 
