@@ -68,6 +68,10 @@ def encode(
         x = jnp.pad(x, ((0, chunks * size - count), *[(0, 0)] * (x.ndim - 1)))
         return x.reshape(chunks, size, *x.shape[1:])
 
+    # Stacked for a scan: one layer is compiled, however many there are.
+    layers = [p["layers"][str(i)] for i in range(encoder.depth)]
+    p = {**p, "layers": jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers) if layers else {}}
+
     # The loop is barrier enough against merging the second computation with the first.
     present = jax.checkpoint(partial(_encode, encoder, eps), prevent_cse=False)
 
@@ -90,12 +94,16 @@ def _encode(
     stem = _visual_stem if encoder.kind == "visual" else _audio_stem
     x = stem(p, encoder, values, rows)
     angle = jnp.asarray(_angles(encoder))
-    for layer in (p["layers"][str(i)] for i in range(encoder.depth)):
-        h = rms_norm(x, layer["attention_norm"], eps)
-        x = x + _attention(layer["attention"], h, present, angle, eps)
-        h = rms_norm(x, layer["mlp_norm"], eps)
-        h = jax.nn.gelu(jnp.einsum("npw,wf->npf", h, layer["mlp"]["in"]))
-        x = x + jnp.einsum("npf,fw->npw", h, layer["mlp"]["out"])
+
+    def layer(x: jax.Array, p: Tree) -> tuple[jax.Array, None]:
+        h = rms_norm(x, p["attention_norm"], eps)
+        x = x + _attention(p["attention"], h, present, angle, eps)
+        h = rms_norm(x, p["mlp_norm"], eps)
+        h = jax.nn.gelu(jnp.einsum("npw,wf->npf", h, p["mlp"]["in"]))
+        return x + jnp.einsum("npf,fw->npw", h, p["mlp"]["out"]), None
+
+    if encoder.depth:
+        x, _ = jax.lax.scan(layer, x, p["layers"])
     return jnp.einsum("npw,wd->npd", rms_norm(x, p["norm"], eps), p["out"])
 
 

@@ -29,6 +29,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from gemtool.kernels.attention import flash_attention, merge_attention, partial_attention
+from gemtool.kernels.dispatch import accumulator
 from gemtool.model.mesh import AXES, current_mesh, partition
 
 
@@ -40,7 +41,7 @@ def embedding_rows(table: jax.Array, tokens: jax.Array) -> jax.Array:
     """
     mesh = current_mesh()
     if mesh is None:
-        return jnp.take(table, tokens, axis=0)
+        return _rows_of(table.shape, table, tokens)
     rows = partition(("vocab", None), table.shape, mesh)
     places = partition(("batch", "length"), tokens.shape, mesh)
 
@@ -50,7 +51,7 @@ def embedding_rows(table: jax.Array, tokens: jax.Array) -> jax.Array:
         mine = (index >= 0) & (index < len(table))
         if rows[0] is None:
             mine = jnp.broadcast_to(here == 0, tokens.shape)
-        found = jnp.take(table, jnp.where(mine, index, 0), axis=0)
+        found = _rows_of(table.shape, table, jnp.where(mine, index, 0))
         return jnp.where(mine[..., None], found, 0)[None]
 
     parts = jax.shard_map(
@@ -60,6 +61,29 @@ def embedding_rows(table: jax.Array, tokens: jax.Array) -> jax.Array:
         check_vma=False,
     )(table, tokens)
     return jnp.sum(parts, axis=0)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _rows_of(shape: tuple[int, int], table: jax.Array, tokens: jax.Array) -> jax.Array:
+    """`table[tokens]`. A frequent token's gradients are many: they are added in float32, whatever the
+    table is rounded to."""
+    return jnp.take(table, tokens, axis=0)
+
+
+def _rows_of_forward(
+    shape: tuple[int, int], table: jax.Array, tokens: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    return _rows_of(shape, table, tokens), tokens
+
+
+def _rows_of_backward(
+    shape: tuple[int, int], tokens: jax.Array, d_rows: jax.Array
+) -> tuple[jax.Array, None]:
+    wide = d_rows.astype(accumulator(d_rows.dtype))
+    return jnp.zeros(shape, wide.dtype).at[tokens].add(wide).astype(d_rows.dtype), None
+
+
+_rows_of.defvjp(_rows_of_forward, _rows_of_backward)
 
 
 def on_rows(function: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:

@@ -12,6 +12,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from gemtool.kernels.dispatch import accumulator
 from gemtool.model.config import ModelConfig
 from gemtool.model.parallel import sum_over_positions
 from gemtool.model.params import Tree
@@ -53,7 +54,8 @@ def next_token_loss(
         return _loss(fixed, table, flat, targets.reshape(-1), weights.reshape(-1))
 
     with jax.named_scope("next_token_loss"):
-        return sum_over_positions(local, params[name], hidden, targets, weights)
+        table = params[name].astype(hidden.dtype)
+        return sum_over_positions(local, table, hidden, targets, weights)
 
 
 Fixed = tuple[ModelConfig, str, int, str | None]
@@ -90,11 +92,14 @@ def _loss_and_gradients(
         scores, back = jax.vjp(partial(_scores, fixed), table, x)
         loss, d_scores = _chunk_loss(fixed, scores, *_take(here, targets, weights))
         d_table_here, d_rows = back(d_scores)
-        return total + loss, d_table + d_table_here, d_hidden.at[here].set(d_rows, mode="drop")
+        d_table = d_table + d_table_here.astype(d_table.dtype)
+        return total + loss, d_table, d_hidden.at[here].set(d_rows, mode="drop")
 
-    start = (jnp.zeros((), jnp.float32), jnp.zeros_like(table), jnp.zeros_like(hidden))
+    # Added in float32, whatever is multiplied.
+    d_table = jnp.zeros(table.shape, accumulator(table.dtype))
+    start = (jnp.zeros((), jnp.float32), d_table, jnp.zeros_like(hidden))
     total, d_table, d_hidden = jax.lax.fori_loop(0, count, body, start)
-    return total, (d_table, d_hidden)
+    return total, (d_table.astype(table.dtype), d_hidden)
 
 
 def _scale_gradients(
