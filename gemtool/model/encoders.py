@@ -102,8 +102,9 @@ def _encode(
         h = jax.nn.gelu(jnp.einsum("npw,wf->npf", h, p["mlp"]["in"]))
         return x + jnp.einsum("npf,fw->npw", h, p["mlp"]["out"]), None
 
+    # Scores of many layers are gigabytes, of one chunk even: each layer is computed anew as well.
     if encoder.depth:
-        x, _ = jax.lax.scan(layer, x, p["layers"])
+        x, _ = jax.lax.scan(jax.checkpoint(layer, prevent_cse=False), x, p["layers"])
     return jnp.einsum("npw,wd->npd", rms_norm(x, p["norm"], eps), p["out"])
 
 
