@@ -153,4 +153,4 @@ def test_the_next_process_compiles_nothing(
             for done in (prefill, decode):
                 compiled, cached = programs(done.stderr)
                 assert not compiled
-                assert "_step" in cached
+                assert "scored_step" in cached

@@ -29,7 +29,8 @@ from gemtool.train.step import abstract_state, make_train_step
 from tests.test_expert_parallel import abstract_mesh
 
 LENGTH = 10240
-"""Positions of a sequence: the size of no other axis, nor is a device's share of it."""
+"""Positions of a sequence: the size of no other axis, nor is a device's share of it, also where the
+queries of a key head are one axis with the positions."""
 
 SCORED = 1024
 """Most positions whose scores exist at once."""
@@ -45,7 +46,7 @@ CONTRACTS: dict[str, tuple[str, dict[str, set[str]]]] = {
         {"psum": {"data fsdp", "data fsdp expert"}},
     ),
     "mini": (
-        "data=2,context=4,tensor=2",
+        "data=2,context=8,tensor=2",
         {"ppermute": {"context"}, "pmax": {"tensor"}, "psum": {"data context", "tensor"}},
     ),
     "flash": (

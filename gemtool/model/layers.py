@@ -16,7 +16,9 @@ from gemtool.model.params import Tree
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     """RMSNorm (arXiv 1910.07467) over the last axis: [..., D] and a scale [D] -> [..., D] like x."""
     wide = x.astype(accumulator(x.dtype))
-    return (plain_rms_norm(wide, eps) * jnp.broadcast_to(scale, x.shape)).astype(x.dtype)
+    return (plain_rms_norm(wide, eps) * jnp.broadcast_to(scale.astype(wide.dtype), x.shape)).astype(
+        x.dtype
+    )
 
 
 def plain_rms_norm(x: jax.Array, eps: float) -> jax.Array:
