@@ -30,7 +30,6 @@ from gemtool.data.vocab import Vocab
 from gemtool.errors import CorruptInput, GemtoolError
 from gemtool.infer.decode import Request, answers, load_context
 from gemtool.infer.engine import Engine
-from gemtool.infer.pieces import Piece, tiles_of
 from gemtool.infer.prefill import write_context
 from gemtool.infer.sampling import Sampling
 from gemtool.infer.text import Prompt
@@ -268,20 +267,16 @@ def test_nothing_to_continue(engine: Engine) -> None:
         list(engine.generate(None, np.empty(0, np.int32)))
 
 
-@pytest.mark.parametrize("chunk", [1, 5, 16, 100])
-@pytest.mark.parametrize("reach", [0, 3, 40])
-def test_tiles_hold_every_position_once(chunk: int, reach: int) -> None:
-    tokens = text_tokens(97)
-    pieces = [Piece(part) for part in np.split(tokens, [0, 10, 11, 60])]
-    tiles = list(tiles_of(pieces, chunk, reach=reach, boundary=32))
-    assert np.array_equal(np.concatenate([tile.piece.tokens for tile in tiles]), tokens)
-    assert [tile.last for tile in tiles] == [False] * (len(tiles) - 1) + [True]
-    at = 0
-    for tile in tiles:
-        assert 0 < len(tile.piece) <= chunk
-        assert at // 32 == (at + len(tile.piece) - 1) // 32
-        at += len(tile.piece)
-        assert tile.scored == (97 - at <= reach)
+def test_bfloat16_weights_answer_nearly_the_same(checkpoint: Checkpoint, engine: Engine) -> None:
+    """As on accelerators. What is kept of the context has the types of a context file in any case."""
+    narrow = Engine(checkpoint, 64, dtype="bfloat16")
+    assert narrow.params["embedding"].dtype == "bfloat16"
+    contexts = [e.prefill(iter(media_document())) for e in (engine, narrow)]
+    states = [{k: v.dtype for k, v in c.state().items()} for c in contexts]
+    assert states[0] == states[1]
+    wide, found = (np.asarray(c.logits) for c in contexts)
+    assert found.dtype == np.float32
+    assert 1e-4 < np.linalg.norm(found - wide) / np.linalg.norm(wide) < 0.1
 
 
 # Answers
