@@ -32,7 +32,7 @@ class CompileOptions:
     scan: bool | None = None
 
 
-TRAINING_LENGTH = 8_192
+TRAINING_LENGTH = 4_096
 CONTEXT_LENGTH = 1_000_000
 
 
