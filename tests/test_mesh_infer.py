@@ -59,7 +59,7 @@ CONFIG = ModelConfig.from_dict(
             },
         },
         "moe": {"experts": 8, "top_k": 3, "d_expert": 16, "shared_experts": 1},
-        "encoders": {"visual": {"tokens": 4, "features": 12, "hidden": 16}},
+        "encoders": {"visual": {"tokens": 4, "features": 12, "width": 16, "hidden": 16, "heads": 2}},
     }
 )  # fmt: skip
 
@@ -252,7 +252,7 @@ def test_a_step_neither_sends_nor_copies_buffers(text: str, steps: int) -> None:
     )
     tokens, valid = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((steps,), ()))
     with jax.set_mesh(mesh):
-        step = engines._step.lower(params, config, tokens, None, valid, *state).compile()
+        step = engines.scored_step.lower(params, config, tokens, None, valid, *state).compile()
     arrays = [x for pair in state[0] for x in pair]
     share = [math.prod(x.sharding.shard_shape(x.shape)) for x in arrays]
     memory = step.memory_analysis()

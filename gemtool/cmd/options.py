@@ -81,8 +81,8 @@ CompiledLength = Annotated[
     typer.Option(
         "--length",
         metavar="N",
-        help="With --compile-only: positions of the context (1M) or of a training sequence (4,096); k is "
-        "1,000, M 1,000,000.",
+        help="With --compile-only: positions of the context (1M), or of a training sequence (4,096); "
+        "k is 1,000, M 1,000,000.",
     ),
 ]
 Part = Annotated[

@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -183,7 +184,12 @@ def _locked_run(folder: Path, *, resume: bool, force: bool, keep: int) -> Iterat
 
 @contextlib.contextmanager
 def _hushed() -> Iterator[None]:
-    """What fails in callbacks of orbax's native code goes to the debug log: it fails as a save."""
+    """What fails in callbacks of orbax's native code goes to the debug log: it fails as a save.
+
+    So do coroutines that a failed save leaves behind: Python tells of them when it ends, so that this
+    stays in force.
+    """
+    warnings.filterwarnings("ignore", r"coroutine .* was never awaited", RuntimeWarning)
     before = sys.unraisablehook
     sys.unraisablehook = lambda found: log.debug(f"in a callback: {found.exc_value!r}")
     try:
