@@ -24,7 +24,7 @@ SLICES = {
     "nano": {"v4": "2x2x1", "v5e": "2x2", "v5p": "2x2x1", "v6e": "2x2"},
     "mini": {"v4": "2x2x1", "v5e": "2x4", "v5p": "2x2x1", "v6e": "2x2"},
     "flash": {"v4": "2x2x2", "v5e": "4x4", "v5p": "2x2x1", "v6e": "2x4"},
-    "pro": {"v4": "8x8x8", "v5e": "16x16", "v5p": "4x4x4", "v6e": "16x16"},
+    "pro": {"v4": "8x8x8", "v5e": "16x16", "v5p": "4x4x8", "v6e": "16x16"},
 }
 LENGTH = {"nano": "1k", "mini": "4k", "flash": "4k", "pro": "4k"}
 EXPERTS = {"nano", "mini", "pro"}
@@ -101,6 +101,14 @@ def test_meshes_that_do_not_fit_are_refused(gemtool: Command) -> None:
         )
         assert done.returncode == 2
         assert message in done.stderr.decode()
+
+
+@pytest.mark.parametrize("text", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
+def test_a_chip_is_one_device(text: str) -> None:
+    from gemtool.aot.topology import open_topology, prepare_process
+
+    prepare_process()
+    assert len(open_topology(text).devices) == 4
 
 
 def test_slices_that_do_not_exist(gemtool: Command) -> None:

@@ -97,9 +97,11 @@ def open_topology(text: str) -> Topology:
         raise GemtoolError("--topology needs the TPU compiler: pip install 'gemtool[tpu]'")
     from jax.experimental import topologies
 
+    # The two cores of a v4 chip work as one, as they do on the machines.
+    options = {"chip_config_name": "megacore"} if chip.name == "v4" else {}
     try:
         with _quiet():
-            found = topologies.get_topology_desc(platform="tpu", topology_name=text)
+            found = topologies.get_topology_desc(platform="tpu", topology_name=text, **options)
     except Exception as problem:
         raise UsageError(
             f"--topology {text}: the TPU compiler knows no such slice: {_first_line(problem)}"
