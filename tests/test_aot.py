@@ -3,7 +3,7 @@ compiler itself is tested where it is installed (test_tpu.py)."""
 
 from __future__ import annotations
 
-import json
+import importlib.util
 from typing import Any
 
 import jax
@@ -285,12 +285,9 @@ def test_through_the_command(gemtool: Command) -> None:
 
 
 def test_the_compiler_may_be_absent(gemtool: Command) -> None:
-    pytest.importorskip("jax")
-    import importlib.util
-
     if importlib.util.find_spec("libtpu") is not None:
         pytest.skip("the TPU compiler is installed")
     done = gemtool("train", "--compile-only", "--topology", "v5e:2x2", check=False)
     assert done.returncode == 1
     assert b"pip install 'gemtool[tpu]'" in done.stderr
-    assert json.dumps(done.stdout.decode()) == '""'
+    assert done.stdout == b""

@@ -51,10 +51,10 @@ def compile_only(verb: Literal["train", "prefill", "decode"], options: CompileOp
     from gemtool.aot.report import compile_program, table
     from gemtool.checkpoint import open_checkpoint
     from gemtool.data.settings import MediaSettings
-    from gemtool.model.execution import Execution, suitable
+    from gemtool.model.execution import chosen
     from gemtool.model.mesh import describe, parse_mesh
     from gemtool.train.loader import open_data
-    from gemtool.train.loop import fit_to_data, load_model
+    from gemtool.train.loop import fit_to_data, load_model, require_parts
 
     topology = open_topology(options.topology)
     if options.ckpt is not None:
@@ -67,14 +67,14 @@ def compile_only(verb: Literal["train", "prefill", "decode"], options: CompileOp
         length = shards.length
         settings = MediaSettings.from_dict(shards.settings)
         config = fit_to_data(config, shards.manifest["vocab"]["size"], settings)
-    suits = suitable("tpu")
-    dtype = options.dtype or suits.dtype
-    if verb == "train":
+    execution = chosen("tpu", options.dtype, options.remat, options.scan)
+    dtype = execution.dtype
+    if options.mesh is not None:
+        sizes = parse_mesh(options.mesh)
+    elif verb == "train":
         sizes = programs.training_mesh(config, topology)
     else:
         sizes = programs.inference_mesh(config, topology)
-    if options.mesh is not None:
-        sizes = parse_mesh(options.mesh)
     log.info(
         f"compiling {config.name} for {topology.name}, which takes some minutes if it is large"
     )
@@ -82,11 +82,7 @@ def compile_only(verb: Literal["train", "prefill", "decode"], options: CompileOp
         length = length or TRAINING_LENGTH
         shares = math.prod(sizes.get(axis, 1) for axis in ("data", "fsdp", "expert"))
         batch = options.batch or shares * options.accumulate
-        execution = Execution(
-            dtype=dtype,
-            remat=suits.remat if options.remat is None else options.remat,
-            stacked=suits.stacked if options.scan is None else options.scan,
-        )
+        require_parts(batch, options.accumulate)
         given = {"batch": batch, "length": length, "accumulate": options.accumulate}
         program = programs.training_program(config, topology, sizes, execution, **given)
     else:

@@ -37,3 +37,15 @@ def suitable(platform: str) -> Execution:
     accelerators multiply bfloat16, and programs of many unrolled layers take them long to compile.
     """
     return FLOAT32 if platform == "cpu" else Execution("bfloat16", remat=True, stacked=True)
+
+
+def chosen(
+    platform: str, dtype: str | None = None, remat: bool | None = None, scan: bool | None = None
+) -> Execution:
+    """What was asked for, and where nothing was, what suits the platform."""
+    suits = suitable(platform)
+    return Execution(
+        dtype=suits.dtype if dtype is None else dtype,
+        remat=suits.remat if remat is None else remat,
+        stacked=suits.stacked if scan is None else scan,
+    )

@@ -24,7 +24,7 @@ from gemtool.data.shards import ShardFolder
 from gemtool.data.vocab import Vocab
 from gemtool.errors import GemtoolError, UsageError, did_you_mean
 from gemtool.model.config import PRESETS, ModelConfig, load_preset
-from gemtool.model.execution import Execution, suitable
+from gemtool.model.execution import chosen
 from gemtool.model.mesh import open_mesh
 from gemtool.model.params import Tree, count_params
 from gemtool.model.stacking import unstack_layers
@@ -84,10 +84,7 @@ def train(options: TrainOptions, emit: Callable[[Row], None]) -> None:
             loss is no longer finite.
         SystemExit: on SIGINT, SIGTERM and SIGHUP, after the step was saved.
     """
-    if options.batch % options.accumulate:
-        raise UsageError(
-            f"--accumulate {options.accumulate} does not divide --batch {options.batch}"
-        )
+    require_parts(options.batch, options.accumulate)
     if options.model and options.init:
         raise UsageError("--init brings its own model; leave out --model")
     if options.resume and options.force:
@@ -103,6 +100,12 @@ def train(options: TrainOptions, emit: Callable[[Row], None]) -> None:
         ) as loader,
     ):
         _Run(options, folder, data, loader, emit).go()
+
+
+def require_parts(batch: int, accumulate: int) -> None:
+    """Raises UsageError where a step cannot be computed in so many equal parts."""
+    if batch % accumulate:
+        raise UsageError(f"--accumulate {accumulate} does not divide --batch {batch}")
 
 
 class _Run:
@@ -128,7 +131,8 @@ class _Run:
         self.vocab = self._find_vocab()
         self.config = self._find_model()
         self.evaluation = self._open_evaluation()
-        self.execution = execution_for(options, jax.default_backend())
+        asked = options.dtype, options.remat, options.scan
+        self.execution = chosen(jax.default_backend(), *asked)
         self.settings = self._settings()
         self.schedule = Schedule(options.steps, self.settings["lr"], self.settings["warmup"])
         self.mesh = self._make_mesh()
@@ -433,16 +437,6 @@ class _Run:
             return open_checkpoint(self.folder.path).step
         except GemtoolError:
             return None
-
-
-def execution_for(options: TrainOptions, platform: str) -> Execution:
-    """How a run on "cpu", "gpu" or "tpu" is computed: what was asked for, else what suits."""
-    suits = suitable(platform)
-    return Execution(
-        dtype=suits.dtype if options.dtype is None else options.dtype,
-        remat=suits.remat if options.remat is None else options.remat,
-        stacked=suits.stacked if options.scan is None else options.scan,
-    )
 
 
 def load_model(name: str) -> ModelConfig:
