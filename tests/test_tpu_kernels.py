@@ -7,8 +7,6 @@ compile within the memory of each chip. No TPU is needed, only its compiler (`pi
 from __future__ import annotations
 
 import importlib.util
-import os
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -17,6 +15,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from gemtool.aot.topology import open_topology, prepare_process
 from gemtool.kernels import expert_mlp
 from gemtool.kernels.attention import partial_attention
 from gemtool.kernels.dispatch import compiling_for
@@ -30,20 +29,10 @@ BFLOAT16, FLOAT16, FLOAT32 = jnp.bfloat16, jnp.float16, jnp.float32
 
 
 @pytest.fixture(scope="module", params=CHIPS)
-def device(request: pytest.FixtureRequest) -> Iterator[Any]:
-    """One chip of a generation; the compiler asks nobody on the network for it."""
-    from jax.experimental import topologies
-
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {
-            "TPU_SKIP_MDS_QUERY": "1",
-            "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-            "TPU_WORKER_HOSTNAMES": "localhost",
-            "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # other processes may compile too
-        }.items():
-            patch.setenv(name, os.environ.get(name, value))
-        found = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[request.param])
-        yield found.devices[0]
+def device(request: pytest.FixtureRequest) -> Any:
+    """One chip of a generation."""
+    prepare_process()
+    return open_topology(CHIPS[request.param]).devices[0]
 
 
 def compiled(device: Any, function: Any, arguments: Any) -> Any:
