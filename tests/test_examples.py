@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shutil
@@ -53,7 +54,7 @@ def environment() -> dict[str, str]:
     return result
 
 
-def shell(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
+def shell(command: str, folder: Path, *, timeout: float = 280) -> subprocess.CompletedProcess[str]:
     for long, short in SHORTER.items():
         command = command.replace(long, short)
     done = subprocess.run(
@@ -63,7 +64,7 @@ def shell(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=timeout,
     )
     assert done.returncode == 0, f"{command}\n{done.stderr}"
     for word in ("error:", "Traceback"):
@@ -151,14 +152,23 @@ def readme_blocks() -> list[str]:
 
 
 def test_readme(workplace: Path) -> None:
-    """All shell blocks but the two make commands, which CI and `make demo` are."""
-    blocks = [block for block in readme_blocks() if "gemtool" in block]
+    """All shell blocks but the make commands, which CI and `make demo` are, and the TPU compiler's."""
+    blocks = [b for b in readme_blocks() if "gemtool" in b and "--topology" not in b]
     assert blocks
     for name in ("shards", "run", "talk.ctx"):
         path = workplace / name
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     for block in blocks:
         shell("set -e\n" + block, workplace)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs gemtool[tpu]")
+def test_readme_with_the_tpu_compiler(tmp_path: Path) -> None:
+    """What `make test` leaves out: minutes each, and an extra of 1 GB."""
+    (block,) = [b for b in readme_blocks() if "--topology" in b]
+    shell("set -eo pipefail\n" + block, tmp_path, timeout=3600)
 
 
 TINY = {
