@@ -8,7 +8,9 @@ or, where a row says so, those of the clock.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import multiprocessing
 import os
 import resource
 import shlex
@@ -73,6 +75,53 @@ def shell(command: str, folder: Path) -> Cost:
         subprocess.run(["bash", "-c", script], check=True, cwd=folder, env=environment)
 
     return _measured(resource.RUSAGE_CHILDREN, run)
+
+
+class OwnProcess:
+    """An object in a process of its own, so that neither side's settings (of malloc, of threads)
+    are the other's.
+
+    Args:
+        make: makes it there; of a module's top level.
+        given: the arguments of `make`.
+    """
+
+    def __init__(self, make: Callable[..., Any], *given: Any) -> None:
+        spawn = multiprocessing.get_context("spawn")
+        self._pipe, theirs = spawn.Pipe()
+        self._process = spawn.Process(target=_serve, args=(theirs, make, given), daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def cost(self, method: str, *given: Any) -> Cost:
+        """What calling a method of the object cost there."""
+        return self._ask(method, given)[0]
+
+    def result(self, method: str, *given: Any) -> Any:
+        """What a method of the object returned."""
+        return self._ask(method, given)[1]
+
+    def _ask(self, method: str, given: tuple[Any, ...]) -> tuple[Cost, Any]:
+        self._pipe.send((method, given))
+        return self._pipe.recv()
+
+    def close(self) -> None:
+        """Ends the process."""
+        self._pipe.close()
+        self._process.join()
+
+
+def _serve(pipe: Any, make: Callable[..., Any], given: tuple[Any, ...]) -> None:
+    made = make(*given)
+    with contextlib.suppress(EOFError):
+        while True:
+            method, arguments = pipe.recv()
+            result: list[Any] = []
+
+            def run(method: str = method, arguments: Any = arguments, to: Any = result) -> None:
+                to.append(getattr(made, method)(*arguments))
+
+            pipe.send((call(run), result[0]))
 
 
 def _measured(who: int, function: Callable[[], object]) -> Cost:

@@ -6,7 +6,8 @@ A training step of `mini` against this machine's own matmul (operations that are
 A Qwen3-MoE of 408 million parameters, random weights, float32, against transformers on torch with
 its fastest settings (sdpa; experts as measured here first): prefill, decoding after 512 tokens,
 training steps (loss, gradients, clipping, AdamW). Ours is what the verbs run: the steps of
-`gemtool.infer.engine` and `gemtool.train.step`. Logits and losses have to agree.
+`gemtool.infer.engine` and `gemtool.train.step`. Each has a process of its own, as a user would run
+them. Logits and losses have to agree.
 """
 
 from __future__ import annotations
@@ -15,18 +16,19 @@ import dataclasses
 import gc
 import importlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
-from measure import Row, call, compare, keep_to_one_core, report
+from measure import OwnProcess, Row, call, compare, keep_to_one_core, report
 from prefill import operations
 
 from gemtool.model.config import LayerKind, ModelConfig, MoEConfig, load_preset
-from tests.families import ATTENTION, QK_NORM, Family, experts
+from gemtool.runtime import setup_jax
+from tests.families import ATTENTION, QK_NORM, Family, convert, experts
 
 TOLERANCE = 1e-4
 """Of logits and losses, whose own size is about 1 and 10."""
@@ -34,8 +36,8 @@ PREFILL = ((512, 7), (2048, 5), (8192, 3))
 """Lengths, and turns of each."""
 CONTEXT, TOKENS = 512, 32
 """Of decoding: what goes before, and tokens of a turn."""
-BATCH, LENGTH, STEPS = 2, 1024, 5
-"""Of training: sequences and their length, and turns."""
+BATCH, LENGTH, STEPS, RATE = 2, 1024, 5, 1e-4
+"""Of training: sequences and their length, turns, and the learning rate."""
 
 
 def qwen3_moe(
@@ -85,26 +87,101 @@ def qwen3_moe(
 
 
 def rows(_: Path) -> Iterator[Row]:
+    setup_jax()
     yield mini_row(load_preset("mini"))
     family = qwen3_moe()
     try:
-        theirs = random_model(family)
+        params = convert(family, random_model(family.theirs))
+        peer = OwnProcess(Peer, family.theirs)
     except ImportError as missing:
         print(f"{missing.name} is not installed: not compared", file=sys.stderr)
         return
-    yield from inference_rows(family, theirs)
+    yield from inference_rows(family, params, peer)
     gc.collect()  # the caches of both
-    yield training_row(family, theirs)
+    yield training_row(family, params, peer)
+    peer.close()
 
 
-def random_model(family: Family) -> Any:
+# The peer, in its own process
+
+
+def random_model(settings: dict[str, Any]) -> Any:
     """The model of transformers, as it is initialised there, on one thread."""
     torch: Any = importlib.import_module("torch")
     transformers: Any = importlib.import_module("transformers")
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    settings = transformers.Qwen3MoeConfig(**family.theirs, attn_implementation="sdpa")
-    return transformers.Qwen3MoeForCausalLM(settings).float().eval()
+    config = transformers.Qwen3MoeConfig(**settings, attn_implementation="sdpa")
+    return transformers.Qwen3MoeForCausalLM(config).float().eval()
+
+
+class Peer:
+    """A model of transformers that reads, continues and learns tokens int32 [n]."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        self.model = random_model(settings)
+        self.cache: Any = None
+        self.optimizer: Any = None
+
+    def fastest(self, method: str, *given: Any) -> str:
+        """Sets and returns the implementation of the experts with which a method takes least."""
+        seconds = {}
+        for name in ("eager", "grouped_mm"):
+            self.model.set_experts_implementation(name)
+            getattr(self, method)(*given)
+            seconds[name] = call(lambda: getattr(self, method)(*given)).cpu
+        best = min(seconds, key=lambda name: seconds[name])
+        self.model.set_experts_implementation(best)
+        return best
+
+    def prefill(self, tokens: np.ndarray) -> np.ndarray:
+        """Reads tokens; the last one's logits float32 [V]."""
+        self.cache = None
+        return self._run(tokens)
+
+    def decode(self, tokens: np.ndarray) -> list[np.ndarray]:
+        """After what was read, each token by itself; their logits. The cache is then as before."""
+        found = [self._run(token[None]) for token in tokens]
+        self.cache.crop(-len(tokens))
+        return found
+
+    def _run(self, tokens: np.ndarray) -> np.ndarray:
+        import torch
+
+        with torch.inference_mode():
+            ids = torch.from_numpy(tokens[None].astype(np.int64))
+            out = self.model(ids, cache=self.cache, use_cache=True, logits_to_keep=1)
+            self.cache = out.cache
+            return out.logits[0, -1].numpy()
+
+    def gradients(self, tokens: np.ndarray) -> float:
+        """Those of a batch [B, T], and its loss."""
+        import torch
+
+        self.model.train().zero_grad()
+        ids = torch.from_numpy(tokens.astype(np.int64))
+        loss = self.model(ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        return loss.item()
+
+    def learn(self, tokens: np.ndarray) -> float:
+        """A step on a batch [B, T]; its loss before."""
+        import torch
+
+        from gemtool.train.optimizer import B1, B2, CLIP, WEIGHT_DECAY
+
+        parameters = list(self.model.parameters())
+        if self.optimizer is None:
+            self.cache = None
+            groups = [
+                {"params": [p for p in parameters if p.ndim > 1], "weight_decay": WEIGHT_DECAY},
+                {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0},
+            ]
+            self.optimizer = torch.optim.AdamW(groups, lr=RATE, betas=(B1, B2), fused=True)
+        loss = self.gradients(tokens)
+        torch.nn.utils.clip_grad_norm_(parameters, CLIP)
+        self.optimizer.step()
+        return loss
 
 
 # Inference
@@ -119,57 +196,25 @@ def engine_of(config: ModelConfig, params: Any) -> Any:
     return Engine(cast("Any", checkpoint))
 
 
-class Peer:
-    """A model of transformers that reads and continues tokens as an `Engine` does."""
-
-    def __init__(self, model: Any) -> None:
-        self.model = model
-
-    def run(self, tokens: np.ndarray, cache: Any = None) -> tuple[np.ndarray, Any]:
-        """Tokens int32 [n] after a cache -> the last one's logits float32 [V], and the cache."""
-        import torch
-
-        with torch.inference_mode():
-            ids = torch.from_numpy(tokens[None].astype(np.int64))
-            out = self.model(ids, cache=cache, use_cache=True, logits_to_keep=1)
-            return out.logits[0, -1].numpy(), out.cache
-
-    def fastest(self, action: Callable[[], object]) -> str:
-        """Sets and returns the implementation of the experts with which it takes least."""
-        seconds = {}
-        for name in ("eager", "grouped_mm"):
-            self.model.set_experts_implementation(name)
-            action()
-            seconds[name] = call(action).cpu
-        best = min(seconds, key=lambda name: seconds[name])
-        self.model.set_experts_implementation(best)
-        return best
-
-
-def inference_rows(family: Family, theirs: Any) -> Iterator[Row]:
+def inference_rows(family: Family, params: Any, peer: OwnProcess) -> Iterator[Row]:
     from gemtool.model.params import count_params
-    from tests.families import convert
 
-    params = convert(family, theirs)
-    engine, peer = engine_of(family.ours, params), Peer(theirs)
+    engine = engine_of(family.ours, params)
     size = f"{count_params(family.ours)[0] / 1e6:.0f}M"
     tokens = np.random.default_rng(0).integers(0, family.ours.vocab_size, 8192, np.int32)
 
-    implementation = peer.fastest(lambda: peer.run(tokens[: PREFILL[0][0]]))
     for length, turns in PREFILL:
         prompt = tokens[:length]
 
         def ours(prompt: np.ndarray = prompt) -> np.ndarray:
             return engine.prefill(prompt).logits
 
-        def run(prompt: np.ndarray = prompt) -> np.ndarray:
-            return peer.run(prompt)[0]
-
-        difference = assert_close(ours(), run())
+        implementation = peer.result("fastest", "prefill", prompt)
+        difference = assert_close(ours(), peer.result("prefill", prompt))
         row = compare(
             f"prefill of {length}, Qwen3-MoE {size}, against transformers ({implementation})",
             partial(call, ours),
-            partial(call, run),
+            partial(peer.cost, "prefill", prompt),
             repeats=turns,
             unit="tokens/CPU-s",
             work=(length, length),
@@ -181,11 +226,12 @@ def inference_rows(family: Family, theirs: Any) -> Iterator[Row]:
         yield decode_row(engine_of(config, params), peer, tokens, size)
 
 
-def decode_row(engine: Any, peer: Peer, tokens: np.ndarray, size: str) -> Row:
+def decode_row(engine: Any, peer: OwnProcess, tokens: np.ndarray, size: str) -> Row:
     """Both are given the same tokens, one by one, and their logits fetched each time."""
     dtype = engine.config.kv_dtype
     prompt, given = tokens[:CONTEXT], tokens[CONTEXT : CONTEXT + TOKENS]
-    context, (_, cache) = engine.prefill(prompt), peer.run(prompt)
+    context = engine.prefill(prompt)
+    peer.result("prefill", prompt)
 
     def ours() -> list[np.ndarray]:
         found = []
@@ -195,18 +241,14 @@ def decode_row(engine: Any, peer: Peer, tokens: np.ndarray, size: str) -> Row:
                 found.append(live.logits)
         return found
 
-    def theirs() -> list[np.ndarray]:
-        found = [peer.run(token[None], cache)[0] for token in given]
-        cache.crop(-TOKENS)
-        return found
-
-    implementation = peer.fastest(theirs)
-    difference = assert_close(ours(), theirs(), TOLERANCE if dtype == "float32" else np.inf)
+    implementation = peer.result("fastest", "decode", given)
+    tolerance = TOLERANCE if dtype == "float32" else np.inf
+    difference = assert_close(ours(), peer.result("decode", given), tolerance)
     row = compare(
         f"decoding after {CONTEXT}, Qwen3-MoE {size}, {dtype} keys and values, against "
         f"transformers ({implementation})",
         partial(call, ours),
-        partial(call, theirs),
+        partial(peer.cost, "decode", given),
         repeats=7,
         unit="tokens/CPU-s",
         work=(TOKENS, TOKENS),
@@ -253,7 +295,7 @@ class Trainer:
         self.state = step.init_state(config, optimizer, 0, params)
         self.step = step.make_train_step(config, optimizer)
 
-    def run(self, rate: float = 1e-4) -> float:
+    def run(self, rate: float = RATE) -> float:
         """One step; its loss."""
         self.state, metrics = self.step(self.state, self.batch, rate)
         return float(metrics["loss"])
@@ -284,42 +326,19 @@ def mini_row(config: ModelConfig, batch: int = BATCH, length: int = LENGTH) -> R
     return {**row, "tokens_s": batch * length * row["ours"] / (work / 1e9)}
 
 
-def training_row(family: Family, theirs: Any, batch: int = 1, length: int = LENGTH) -> Row:
-    import torch
-
-    from gemtool.train.optimizer import B1, B2, CLIP, WEIGHT_DECAY
-    from tests.families import convert
-
-    trainer = Trainer(family.ours, batch, length, convert(family, theirs))
-    ids = torch.from_numpy(trainer.tokens.astype(np.int64))
-    peer = Peer(theirs.train())
-    parameters = list(theirs.parameters())
-    groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": WEIGHT_DECAY},
-        {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=1e-4, betas=(B1, B2), fused=True)
-
-    def gradients() -> float:
-        optimizer.zero_grad()
-        loss = theirs(ids, labels=ids, use_cache=False).loss
-        loss.backward()
-        return loss.item()
-
-    def run() -> float:
-        loss = gradients()
-        torch.nn.utils.clip_grad_norm_(parameters, CLIP)
-        optimizer.step()
-        return loss
-
-    implementation = peer.fastest(gradients)
+def training_row(
+    family: Family, params: Any, peer: OwnProcess, batch: int = 1, length: int = LENGTH
+) -> Row:
+    trainer = Trainer(family.ours, batch, length, params)
+    tokens = trainer.tokens
+    implementation = peer.result("fastest", "gradients", tokens)
     # The second loss is that after the first step of both.
-    losses = [(trainer.run(), run()) for _ in range(2)]
+    losses = [(trainer.run(), peer.result("learn", tokens)) for _ in range(2)]
     difference = max(assert_close(*pair) for pair in losses)
     row = compare(
         f"training step of Qwen3-MoE, {batch} x {length}, against torch ({implementation})",
         lambda: call(trainer.run),
-        lambda: call(run),
+        partial(peer.cost, "learn", tokens),
         repeats=STEPS,
         unit="tokens/CPU-s",
         work=(batch * length, batch * length),

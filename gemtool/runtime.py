@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import functools
 import logging
 import os
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ def setup_jax() -> None:
     `cache_folder()`, so that a verb called a second time starts at once. Platforms are left to
     JAX_PLATFORMS.
     """
+    _keep_pages()
     import jax
 
     jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -46,6 +49,23 @@ def setup_jax() -> None:
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+
+@functools.cache  # once a process
+def _keep_pages() -> None:
+    """Has glibc's malloc keep what is freed for the next request, in one heap.
+
+    XLA on a CPU takes memory for a program's temporaries and frees it at every run. By default such
+    sizes are mapped and unmapped each time, and a training step spends a sixth of its time on the
+    page faults. Other C libraries are left as they are.
+    """
+    arena_max, mmap_max, trim_threshold = -8, -4, -1  # M_* of malloc.h
+    if not sys.platform.startswith("linux"):
+        return
+    set_option = getattr(ctypes.CDLL(None), "mallopt", None)
+    if set_option is not None:
+        for option, value in ((arena_max, 1), (mmap_max, 0), (trim_threshold, -1)):
+            set_option(option, value)
 
 
 @functools.cache  # once a process

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
+from gemtool.infer.engine import default_chunk
 from gemtool.infer.pieces import Piece, tiles_of
+from gemtool.model.config import PRESETS, MoEConfig, load_preset
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 16, 100])
@@ -22,3 +26,10 @@ def test_tiles_hold_every_position_once(chunk: int, reach: int) -> None:
         assert at // 32 == (at + len(tile.piece) - 1) // 32
         at += len(tile.piece)
         assert tile.scored == (97 - at <= reach)
+
+
+def test_a_chunk_gives_experts_enough_rows() -> None:
+    chunks = {name: default_chunk(load_preset(name)) for name in PRESETS}
+    assert chunks == {"nano": 512, "mini": 512, "flash": 512, "pro": 2048}
+    few = dataclasses.replace(load_preset("nano"), moe=MoEConfig(32, 4, 64))
+    assert default_chunk(few) == 1024  # 128 rows for each of 32

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from gemtool.model.batch import Batch, MediaGroups
@@ -18,7 +19,7 @@ from gemtool.model.params import flatten, init_params
 from gemtool.model.transformer import logits
 from gemtool.train.loop import to_json
 from gemtool.train.objectives import next_token_loss
-from gemtool.train.optimizer import FLOOR, Schedule, decayed, make_optimizer
+from gemtool.train.optimizer import FLOOR, Schedule, clip_by_norm, decayed, make_optimizer
 from gemtool.train.state import open_run
 from gemtool.train.step import init_state, make_train_step, stack
 
@@ -196,3 +197,13 @@ def test_a_state_is_saved_as_it_was_when_saved(tmp_path):
         restored = run.restore(1, jax.eval_shape(lambda: {"x": jnp.zeros(3_000_000)}))
         assert run.record(1) == {"tokens": 5}
     np.testing.assert_array_equal(restored["x"], np.arange(3_000_000, dtype=np.float32))
+
+
+@pytest.mark.parametrize("size", [0.0, 0.5, 3.0])
+def test_clipping_is_that_of_optax(size: float) -> None:
+    tree = {"a": np.full((2, 3), size, np.float32), "b": {"c": -np.full(4, size, np.float32)}}
+    ours, theirs = clip_by_norm(1.0), optax.clip_by_global_norm(1.0)
+    found, _ = ours.update(tree, ours.init(tree))
+    expected, _ = theirs.update(tree, theirs.init(tree))
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), found, expected)
+    assert size != 3.0 or math.isclose(float(optax.tree.norm(found)), 1, rel_tol=1e-6)

@@ -26,7 +26,7 @@ class CompileOptions:
     length: int | None = None
     batch: int | None = None
     accumulate: int = 1
-    chunk: int = 512
+    chunk: int | None = None
     dtype: str | None = None
     remat: bool | None = None
     scan: bool | None = None
@@ -51,6 +51,7 @@ def compile_only(verb: Literal["train", "prefill", "decode"], options: CompileOp
     from gemtool.aot.report import compile_program, table
     from gemtool.checkpoint import open_checkpoint
     from gemtool.data.settings import MediaSettings
+    from gemtool.infer.engine import default_chunk
     from gemtool.model.execution import chosen
     from gemtool.model.mesh import describe, parse_mesh
     from gemtool.train.loader import open_data
@@ -89,10 +90,8 @@ def compile_only(verb: Literal["train", "prefill", "decode"], options: CompileOp
         length = length or CONTEXT_LENGTH
         given = {"length": length}
         if verb == "prefill":
-            given["chunk"] = options.chunk
-            program = programs.prefill_program(
-                config, topology, sizes, dtype, length=length, chunk=options.chunk
-            )
+            given["chunk"] = options.chunk or default_chunk(config)
+            program = programs.prefill_program(config, topology, sizes, dtype, **given)
         else:
             program = programs.decode_program(config, topology, sizes, dtype, length=length)
     found = compile_program(program, topology)

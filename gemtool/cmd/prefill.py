@@ -32,14 +32,15 @@ def prefill(
         str | None, typer.Option("--ckpt", metavar="CKPT", help="Checkpoint folder of the model.")
     ] = None,
     chunk: Annotated[
-        int,
+        int | None,
         typer.Option(
             "--chunk",
             metavar="N",
             min=1,
-            help="Tokens computed at a time: memory and speed, not results, depend on it.",
+            help="Tokens computed at a time: memory and speed, not results, depend on it. "
+            "Default: 512 to 2048, by what suits the model.",
         ),
-    ] = 512,
+    ] = None,
     mesh: Mesh = None,
     dry_run: Annotated[
         bool,

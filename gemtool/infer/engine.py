@@ -42,8 +42,10 @@ from gemtool.model.params import Tree, in_dtype
 from gemtool.stream.context import BLOCK, ContextHeader
 from gemtool.stream.spans import Span
 
-CHUNK = 512
-"""Positions that prefill runs at a time."""
+CHUNKS = (512, 2048)
+"""Positions that prefill runs at a time by default, least and most."""
+EXPERT_ROWS = 128
+"""That an expert wants of a chunk: shorter matmuls are slow."""
 PROMPT_TILE = 64
 """Positions of a short prompt's tile."""
 
@@ -134,6 +136,14 @@ def _rows(buffers: Buffers, start: jax.Array, size: int) -> Buffers:
 @partial(jax.jit, static_argnames="capacity")
 def _grown(buffers: Buffers, capacity: int) -> Buffers:
     return jax.tree.map(lambda buffer: grow(buffer, capacity), buffers)
+
+
+def default_chunk(config: ModelConfig) -> int:
+    """Positions for prefill to run at a time: few stay in the processor's cache, and many give each
+    expert enough rows."""
+    least, most = CHUNKS
+    rows = 0 if config.moe is None else EXPERT_ROWS * config.moe.experts // config.moe.top_k
+    return min(max(least, 1 << (rows - 1).bit_length()), most)
 
 
 def capacity_for(length: int) -> int:
@@ -282,7 +292,8 @@ class Engine:
 
     Args:
         checkpoint: an open one.
-        chunk: positions that prefill runs at a time; results do not depend on it.
+        chunk: positions that prefill runs at a time, by default those of `default_chunk`; results do
+            not depend on it.
         mesh: where it runs (`gemtool.model.mesh`), for a model that fits it; None: on one device.
             Contexts are the same wherever they are made.
         dtype: "float32" or "bfloat16", of activations and of weights where they are multiplied; by
@@ -292,14 +303,14 @@ class Engine:
     def __init__(
         self,
         checkpoint: Checkpoint,
-        chunk: int = CHUNK,
+        chunk: int | None = None,
         mesh: Mesh | None = None,
         dtype: str | None = None,
     ) -> None:
         self.checkpoint = checkpoint
         self.config: ModelConfig = checkpoint.config
         self.vocab = checkpoint.vocab
-        self.chunk = chunk
+        self.chunk = chunk or default_chunk(self.config)
         self.reach = transformer.tail_reach(self.config)
         self.mesh = mesh
         places = None if mesh is None else param_shardings(self.config, mesh)
@@ -319,7 +330,7 @@ class Engine:
         """Positions that a tile of `length` is padded to: of few sizes, as each is compiled, and
         not much more than it takes, whatever the chunk.
         """
-        return min(self.chunk, max(CHUNK, 1 << (length - 1).bit_length()))
+        return min(self.chunk, max(CHUNKS[0], 1 << (length - 1).bit_length()))
 
     def header(self, doc: str) -> ContextHeader:
         """What the header of a context of this model says, provenance aside."""

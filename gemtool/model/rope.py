@@ -28,7 +28,9 @@ def rotate(x: jax.Array, angle: jax.Array, amplitude: float = 1.0) -> jax.Array:
     """`x` [B, T, H, K] with its pairs of values turned by `angle` [B or 1, T, K / 2], in radians."""
     half = x.shape[-1] // 2
     angle = angle[:, :, None, :]
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    # XLA would compute them anew for each head. It keeps a single array behind a barrier; not two.
+    table = jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
+    cos, sin = jnp.split(jax.lax.optimization_barrier(table), 2, axis=-1)
     if amplitude != 1:
         cos, sin = cos * amplitude, sin * amplitude
     x1, x2 = (part.astype(jnp.float32) for part in (x[..., :half], x[..., half:]))

@@ -129,9 +129,9 @@ class _Plan:
         batch, length, heads, dim = q.shape
         capacity, kv_heads = k.shape[1:3]
         groups = heads // kv_heads
-        # Long inputs gain from tall matmuls; at short ones the corners of the causal triangle,
-        # which are computed for nothing, weigh more.
-        rows = 256 if length >= 2048 else 128
+        # Much to see gains from tall matmuls; where it is little, the corners of the causal triangle
+        # or of the window, which are computed for nothing, weigh more.
+        rows = 256 if min(length, options.window or length) >= 2048 else 128
         queries = min(max(rows // groups, 16), round_up(length, 8)) if length > 1 else 1
         query_blocks = -(-length // queries)
         keys = min(DECODE_KEY_BLOCK if length == 1 else KEY_BLOCK, capacity)

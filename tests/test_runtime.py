@@ -1,0 +1,40 @@
+"""How a process is set up for JAX."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import ROOT
+
+PAGE_FAULTS = """
+import resource, jax, jax.numpy as jnp, numpy as np
+if {set_up}:
+    from gemtool.runtime import setup_jax
+    setup_jax()
+def with_temporaries(x):
+    return jnp.sort(x * 2, axis=0).sum()
+run, x = jax.jit(with_temporaries), np.ones((2**22, 4), np.float32)
+for _ in range(3):
+    run(x).block_until_ready()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+run(x).block_until_ready()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def page_faults(set_up: bool) -> int:
+    """Of the fourth run of a program with 64 MiB of temporaries."""
+    script = PAGE_FAULTS.format(set_up=set_up)
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    return int(done.stdout)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's malloc is set up")
+def test_a_program_runs_again_in_the_pages_it_had() -> None:
+    assert page_faults(set_up=True) < 1000 < page_faults(set_up=False)
