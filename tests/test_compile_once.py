@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from gemtool.data.vocab import Vocab, train_vocab
-from gemtool.infer.engine import CHUNK, PROMPT_TILE, capacity_for
+from gemtool.infer.engine import CHUNKS, PROMPT_TILE, capacity_for
 from gemtool.stream.context import BLOCK
 from gemtool.train.loop import TrainOptions, train
 from tests.conftest import Command
@@ -23,6 +23,9 @@ from tests.test_train import arguments, write_shards
 from tests.test_train_step import MODEL, VOCAB_SIZE
 
 COMPILED, TRACED = "backend_compile", "jaxpr_trace"
+
+
+SHORTEST = CHUNKS[0]  # of a document's tiles
 
 
 class Watch:
@@ -92,7 +95,7 @@ def test_a_run_compiles_its_programs_once(
 def test_documents_and_prompts_of_any_length_share_programs(tmp_path: Path, watch: Watch) -> None:
     """As many as there are sizes of tiles times powers of two of room, whatever is read and asked."""
     config = replace(tiny(16384, layers="LG"), name="once")
-    engine = make_engine(tmp_path / "checkpoint", config, Vocab.load(), 2 * CHUNK)
+    engine = make_engine(tmp_path / "checkpoint", config, Vocab.load(), 2 * SHORTEST)
     rng = np.random.default_rng(0)
 
     def tokens(length: int) -> np.ndarray:
@@ -109,10 +112,10 @@ def test_documents_and_prompts_of_any_length_share_programs(tmp_path: Path, watc
             context.extend(tokens(length))  # the second time beyond the room that there was
 
     watch.forget()
-    for document in (CHUNK + 1, 3 * CHUNK - 1, BLOCK + 1):
-        read_and_ask(document, 7, PROMPT_TILE + 1, CHUNK + 1)
-    grow(BLOCK - CHUNK)
-    tiles = {1, PROMPT_TILE} | {engine.tile_size(n) for n in range(1, 2 * CHUNK + 1)}
+    for document in (SHORTEST + 1, 3 * SHORTEST - 1, BLOCK + 1):
+        read_and_ask(document, 7, PROMPT_TILE + 1, SHORTEST + 1)
+    grow(BLOCK - SHORTEST)
+    tiles = {1, PROMPT_TILE} | {engine.tile_size(n) for n in range(1, 2 * SHORTEST + 1)}
     rooms = {capacity_for(n) for n in range(1, 2 * BLOCK)}
     assert (len(tiles), rooms) == (4, {BLOCK, 2 * BLOCK})
     counts = watch.counts("scored_step", "kv_step", "_grown")
@@ -122,7 +125,7 @@ def test_documents_and_prompts_of_any_length_share_programs(tmp_path: Path, watc
     watch.forget()
     for document in (1, 513, 1025, 2500, 5000):
         read_and_ask(document, 1, 2, 64, 65, 1000)
-    grow(BLOCK - CHUNK + 1)
+    grow(BLOCK - SHORTEST + 1)
     assert not watch.seen
 
 

@@ -22,13 +22,14 @@ run, x = jax.jit(with_temporaries), np.ones((2**22, 4), np.float32)
 for _ in range(3):
     run(x).block_until_ready()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-run(x).block_until_ready()
+for _ in range(10):
+    run(x).block_until_ready()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
 def page_faults(set_up: bool) -> int:
-    """Of the fourth run of a program with 64 MiB of temporaries."""
+    """Of ten more runs of a program with temporaries of 64 MiB."""
     script = PAGE_FAULTS.format(set_up=set_up)
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
@@ -45,4 +46,5 @@ def huge_pages() -> bool:
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's malloc is set up")
 @pytest.mark.skipif(huge_pages(), reason="faults are of huge pages here")
 def test_a_program_runs_again_in_the_pages_it_had() -> None:
-    assert page_faults(set_up=True) < 1000 < page_faults(set_up=False)
+    # A few remain: a run may ask for more before the last one's is free.
+    assert page_faults(set_up=True) < page_faults(set_up=False) / 4
