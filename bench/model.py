@@ -97,7 +97,7 @@ def rows(_: Path) -> Iterator[Row]:
         print(f"{missing.name} is not installed: not compared", file=sys.stderr)
         return
     yield from inference_rows(family, params, peer)
-    gc.collect()  # the caches of both
+    gc.collect()  # our caches
     yield training_row(family, params, peer)
     peer.close()
 
