@@ -16,12 +16,12 @@ from gemtool import log
 from gemtool.errors import reason
 
 
-def setup_jax() -> None:
+def setup_jax(keep_programs: bool = True) -> None:
     """Configures JAX; every verb that computes calls this before its first JAX operation.
 
     Types never widen silently and ranks never broadcast silently. Compiled programs are kept in
-    `cache_folder()`, so that a verb called a second time starts at once. Platforms are left to
-    JAX_PLATFORMS.
+    `cache_folder()`, so that a verb called a second time starts at once; those for devices that are
+    not here cannot be read back, hence `keep_programs`. Platforms are left to JAX_PLATFORMS.
     """
     _keep_pages()
     import jax
@@ -34,7 +34,7 @@ def setup_jax() -> None:
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     _tell_of_programs()
-    folder = cache_folder()
+    folder = cache_folder() if keep_programs else None
     if folder is None:
         return
     try:

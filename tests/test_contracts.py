@@ -23,6 +23,7 @@ from gemtool.model.batch import Batch
 from gemtool.model.config import PRESETS, ModelConfig, load_preset
 from gemtool.model.expert_parallel import ROOM
 from gemtool.model.mesh import RULES, partition, require_fit
+from gemtool.train.objectives import CHUNK
 from gemtool.train.optimizer import make_optimizer
 from gemtool.train.placement import state_shardings
 from gemtool.train.step import abstract_state, make_train_step
@@ -32,18 +33,23 @@ LENGTH = 10240
 """Positions of a sequence: the size of no other axis, nor is a device's share of it, also where the
 queries of a key head are one axis with the positions."""
 
-SCORED = 1024
-"""Most positions whose scores exist at once."""
-
 ROWS_TO_EXPERTS = {"cpu": {"all_to_all"}, "tpu": {"all_to_all", "ragged_all_to_all"}}
 """The padded blocks; the counts and the rows."""
 
+# Of tables: columns become rows; ids and hidden states are gathered, gradients of the latter summed.
+COLUMNS = {"all_to_all": {"fsdp"}, "all_gather": {"fsdp"}, "reduce_scatter": {"fsdp"}}
+
 # Preset: its mesh; which collectives there are along which axes, those of `ROWS_TO_EXPERTS` aside.
-# Sums are gradients of what the devices of these axes share, and the loss of a cut vocabulary.
+# Sums are gradients of what the devices of these axes share, and the loss of a cut vocabulary, whose
+# rows the tensor axis cuts, and the fsdp axis (which cuts columns) for the loss.
 CONTRACTS: dict[str, tuple[str, dict[str, set[str]]]] = {
     "nano": (
         "data=2,fsdp=2,expert=2",
-        {"psum": {"data fsdp", "data fsdp expert"}},
+        {
+            "pmax": {"fsdp"},
+            "psum": {"data fsdp", "data fsdp expert", "data expert", "fsdp"},
+            **COLUMNS,
+        },
     ),
     "mini": (
         "data=2,context=8,tensor=2",
@@ -51,14 +57,23 @@ CONTRACTS: dict[str, tuple[str, dict[str, set[str]]]] = {
     ),
     "flash": (
         "data=2,fsdp=4,context=2,tensor=4",
-        {"ppermute": {"context"}, "pmax": {"tensor"}, "psum": {"data fsdp context", "tensor"}},
+        {
+            "ppermute": {"context"},
+            "pmax": {"tensor fsdp", "fsdp"},
+            "psum": {"data fsdp context", "data context", "tensor", "tensor fsdp"},
+            **COLUMNS,
+        },
     ),
     "pro": (
         "data=2,fsdp=8,expert=8,context=2,tensor=2",
         {
             "ppermute": {"context"},
-            "pmax": {"tensor"},
-            "psum": {"data fsdp context", "data fsdp expert context", "tensor"},
+            "pmax": {"tensor fsdp", "fsdp"},
+            "psum": {
+                *("data fsdp context", "data fsdp expert context", "data expert context"),
+                *("tensor", "tensor fsdp"),
+            },
+            **COLUMNS,
         },
     ),
 }
@@ -140,7 +155,8 @@ def test_what_is_sent_along_which_axis(preset: str, platform: str) -> None:
     this = program(preset, platform)
     expected = dict(CONTRACTS[preset][1])
     if this.sizes["expert"] > 1:
-        expected |= {name: {"expert"} for name in ROWS_TO_EXPERTS[platform]}
+        for name in ROWS_TO_EXPERTS[platform]:
+            expected[name] = expected.get(name, set()) | {"expert"}
     if "ragged_all_to_all" in expected:
         # Whether rows need a further round is agreed by all.
         everybody = {" ".join(axis for axis, size in this.sizes.items() if size > 1)}
@@ -153,26 +169,32 @@ def test_what_is_sent_along_which_axis(preset: str, platform: str) -> None:
         "ragged_all_to_all": "@ragged_all_to_all(",
         "psum": "stablehlo.all_reduce",
         "all_gather": "stablehlo.all_gather",
+        "reduce_scatter": "stablehlo.reduce_scatter",
     }
     assert {name for name, spelt in lowered.items() if spelt in this.text} == {*found} & {*lowered}
 
 
 @pytest.mark.parametrize(("preset", "platform"), CASES)
 def test_what_no_device_holds(preset: str, platform: str) -> None:
-    """Scores of more than a few positions, attention of all to all, the whole sequence."""
+    """Scores of more than a few positions, a whole table, attention of all to all, the whole
+    sequence."""
     this = program(preset, platform)
     config, sizes = this.config, this.sizes
     share = LENGTH // sizes["context"]
     halo = min(config.layer_kinds[0].window - 1, LENGTH - share)
     positions = {LENGTH, share, share + halo}
     for operation, on_device in operations(this.jaxpr):
-        vocabulary = config.vocab_size // (sizes["tensor"] if on_device else 1)
+        rows, columns = config.vocab_size, config.d_model
+        if on_device:
+            rows, columns = rows // sizes["tensor"], columns // sizes["fsdp"]
+        # The loss cuts rows of the table further.
+        of_table = {rows, rows // sizes["fsdp"]} if on_device else {rows}
         for out in operation.outvars:
             shape = tuple(getattr(out.aval, "shape", ()))
             said = f"{operation.primitive.name} {shape}"
-            if vocabulary in shape:
-                beside = out.aval.size // vocabulary
-                assert beside <= SCORED or beside == config.d_model, said
+            if of_table & {*shape}:
+                scores = config.vocab_size * CHUNK
+                assert out.aval.size <= scores or out.aval.size == rows * columns, said
             assert sum(size in positions for size in shape) <= 1, said
             if on_device and share < LENGTH:
                 assert LENGTH not in shape, said
@@ -185,7 +207,7 @@ def test_devices_hold_little_more_than_they_compute() -> None:
     this = program("pro", "tpu")
     config, sizes, moe = this.config, this.sizes, this.config.moe
     assert moe is not None
-    table = config.vocab_size // sizes["tensor"] * config.d_model
+    table = config.vocab_size // sizes["tensor"] * config.d_model // sizes["fsdp"]
     experts = moe.experts // sizes["expert"] * config.d_model * moe.d_expert // sizes["tensor"]
     pairs = LENGTH // sizes["context"] * moe.top_k
     rows = math.ceil(ROOM * pairs) + moe.experts * 64  # blocks of rows that are not full

@@ -83,6 +83,20 @@ def test_inference_fits(gemtool: Command, verb: str, model: str, topology: str) 
     assert sent < row["hbm"]["arguments"]
 
 
+def test_compiling_again_says_the_same(gemtool: Command) -> None:
+    """Programs for chips that are not here cannot be read from the cache of programs."""
+    first, again = (
+        gemtool("decode", "--compile-only", "--topology", "v5e:2x2", "--length", "8k")
+        for _ in range(2)
+    )
+    assert b"arning" not in again.stderr
+    assert len(again.stderr.splitlines()) == 2
+    rows = [json.loads(done.stdout) for done in (first, again)]
+    for row in rows:
+        del row["compile_seconds"]
+    assert rows[0] == rows[1]
+
+
 def test_what_does_not_fit_is_said(gemtool: Command) -> None:
     row = compiled(gemtool, "train", "flash", "v5e:2x2", "--length", "2k")
     assert row["fits"] is False

@@ -57,11 +57,14 @@ def compile_program(program: Program, topology: Topology) -> Row:
 
 
 def _memory(stats: Any, capacity: int) -> dict[str, int]:
-    """Outputs that take the place of arguments (a state that is consumed) count once."""
+    """Outputs that take the place of arguments (a state that is consumed) count once. Temporaries are
+    those that are there when most is: all that ever are would be more than the compiler needs."""
+    arguments = stats.argument_size_in_bytes
+    outputs = stats.output_size_in_bytes - stats.alias_size_in_bytes
     parts = {
-        "arguments": stats.argument_size_in_bytes,
-        "outputs": stats.output_size_in_bytes - stats.alias_size_in_bytes,
-        "temporaries": stats.temp_size_in_bytes,
+        "arguments": arguments,
+        "outputs": outputs,
+        "temporaries": max(stats.peak_memory_in_bytes - arguments - outputs, 0),
         "program": stats.generated_code_size_in_bytes,
     }
     return {**parts, "total": sum(parts.values()), "capacity": capacity}

@@ -46,7 +46,7 @@ def compile_only(verb: Literal["train", "prefill", "decode"], options: CompileOp
     if options.topology is None:
         raise UsageError("--compile-only: name the slice with --topology, as in v5p:4x4x4")
     prepare_process()
-    setup_jax()
+    setup_jax(keep_programs=False)
     from gemtool.aot import programs
     from gemtool.aot.report import compile_program, table
     from gemtool.checkpoint import open_checkpoint

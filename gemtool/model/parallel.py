@@ -1,4 +1,4 @@
-"""Attention and tables on a mesh: what each device computes, and what it sends to which.
+"""Attention and encoders on a mesh: what each device computes, and what it sends to which.
 
 Without a current mesh (`jax.set_mesh`) these are the kernels themselves. On one, each function runs
 per device (`jax.shard_map`):
@@ -8,10 +8,10 @@ per device (`jax.shard_map`):
 * full attention passes keys and values round the ring of the context axis, merging what it attends
   to piece by piece (ring attention, arXiv 2310.01889); its backward pass goes round once more, with
   the gradients of keys and values travelling along, so that no device ever holds all of them;
-* experts: each row travels to the device that holds its expert, and back;
 * media encoders: each device encodes its share of the groups.
 
-Attention to a cache's window is here too; to all that it keeps of a sequence, in buffers.py.
+Attention to a cache's window is here too; to all that it keeps of a sequence, in buffers.py. Experts
+are in expert_parallel.py, tables with a row a token in vocab_parallel.py.
 
 Axes: B sequences, T positions, H query heads, N key/value heads, K head dimension, D model; within a
 device they are that device's share.
@@ -20,7 +20,6 @@ device they are that device's share.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -29,61 +28,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from gemtool.kernels.attention import flash_attention, merge_attention, partial_attention
-from gemtool.kernels.dispatch import accumulator
 from gemtool.model.mesh import AXES, current_mesh, partition
-
-
-def embedding_rows(table: jax.Array, tokens: jax.Array) -> jax.Array:
-    """The rows of `table` [V, D] of `tokens` int32, on a mesh [B, T]: -> [..., D].
-
-    Each device looks up its own tokens in its own rows of the table, so that the gradient of the
-    table is summed, and nobody gathers that of the activations.
-    """
-    mesh = current_mesh()
-    if mesh is None:
-        return _rows_of(table.shape, table, tokens)
-    rows = partition(("vocab", None), table.shape, mesh)
-    places = partition(("batch", "length"), tokens.shape, mesh)
-
-    def local(table: jax.Array, tokens: jax.Array) -> jax.Array:
-        here = jax.lax.axis_index("tensor")
-        index = tokens - here * (0 if rows[0] is None else len(table))
-        mine = (index >= 0) & (index < len(table))
-        if rows[0] is None:
-            mine = jnp.broadcast_to(here == 0, tokens.shape)
-        found = _rows_of(table.shape, table, jnp.where(mine, index, 0))
-        return jnp.where(mine[..., None], found, 0)[None]
-
-    parts = jax.shard_map(
-        local,
-        in_specs=(rows, places),
-        out_specs=PartitionSpec("tensor", *places, None),
-        check_vma=False,
-    )(table, tokens)
-    return jnp.sum(parts, axis=0)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _rows_of(shape: tuple[int, int], table: jax.Array, tokens: jax.Array) -> jax.Array:
-    """`table[tokens]`. A frequent token's gradients are many: they are added in float32, whatever the
-    table is rounded to."""
-    return jnp.take(table, tokens, axis=0)
-
-
-def _rows_of_forward(
-    shape: tuple[int, int], table: jax.Array, tokens: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    return _rows_of(shape, table, tokens), tokens
-
-
-def _rows_of_backward(
-    shape: tuple[int, int], tokens: jax.Array, d_rows: jax.Array
-) -> tuple[jax.Array, None]:
-    wide = d_rows.astype(accumulator(d_rows.dtype))
-    return jnp.zeros(shape, wide.dtype).at[tokens].add(wide).astype(d_rows.dtype), None
-
-
-_rows_of.defvjp(_rows_of_forward, _rows_of_backward)
 
 
 def on_rows(function: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
@@ -367,30 +312,3 @@ def _visit(
 def _earlier(segments: jax.Array, by: jax.Array) -> jax.Array:
     """Segments of the device `by` places before, as padding where the ring began anew: later ones."""
     return jnp.where(jax.lax.axis_index("context") >= by, segments, 0)
-
-
-def sum_over_positions(
-    function: Callable[..., jax.Array], table: jax.Array, *arrays: jax.Array
-) -> jax.Array:
-    """A sum over positions that takes a table with a row a token: each device adds up its own.
-
-    `function(table, *arrays, axis)` gets this device's rows of `table` [V, D] and its positions of
-    `arrays` [B, T, ...]; `axis` names the mesh axis over which the rows are spread, or is None. It
-    returns its share, float32 []: what all devices return is added.
-    """
-    mesh = current_mesh()
-    if mesh is None:
-        return function(table, *arrays, None)
-    rows = partition(("vocab", None), table.shape, mesh)
-    axis = None if rows[0] is None or mesh.shape["tensor"] == 1 else "tensor"
-    specs = [partition(("batch", "length"), array.shape[:2], mesh) for array in arrays]
-    # Devices along an axis that cuts neither the table nor the positions all compute the same.
-    cuts = {axis, *jax.tree.leaves(tuple(specs[0]))}
-    copies = math.prod(size for name, size in mesh.shape.items() if name not in cuts)
-    shares = jax.shard_map(
-        lambda *local: function(*local, axis)[None] / copies,
-        in_specs=(rows, *specs),
-        out_specs=PartitionSpec(AXES),
-        check_vma=False,
-    )(table, *arrays)
-    return jnp.sum(shares)

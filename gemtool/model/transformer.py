@@ -32,9 +32,10 @@ from gemtool.model.execution import FLOAT32, Execution
 from gemtool.model.layers import gated_mlp, glu_of, norm, soft_cap
 from gemtool.model.mesh import constrain
 from gemtool.model.moe import Stats, moe_mlp, router_loss
-from gemtool.model.parallel import embedding_rows, on_groups
+from gemtool.model.parallel import on_groups
 from gemtool.model.params import Tree, in_dtype
 from gemtool.model.stacking import STACK, repeats
+from gemtool.model.vocab_parallel import embedding_rows
 
 
 def embed(

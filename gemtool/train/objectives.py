@@ -14,9 +14,9 @@ import jax.numpy as jnp
 
 from gemtool.kernels.dispatch import accumulator
 from gemtool.model.config import ModelConfig
-from gemtool.model.parallel import sum_over_positions
 from gemtool.model.params import Tree
 from gemtool.model.transformer import logits
+from gemtool.model.vocab_parallel import Spread, sum_over_positions
 
 CHUNK = 512
 """Positions scored at a time: [512, V] is 32 MB at V = 16,384."""
@@ -47,10 +47,10 @@ def next_token_loss(
         hidden: jax.Array,
         targets: jax.Array,
         weights: jax.Array,
-        axis: str | None,
+        spread: Spread,
     ) -> jax.Array:
         flat = hidden.reshape(-1, hidden.shape[-1])
-        fixed = (config, name, chunk, axis)
+        fixed = (config, name, chunk, spread)
         return _loss(fixed, table, flat, targets.reshape(-1), weights.reshape(-1))
 
     with jax.named_scope("next_token_loss"):
@@ -58,18 +58,18 @@ def next_token_loss(
         return sum_over_positions(local, table, hidden, targets, weights)
 
 
-Fixed = tuple[ModelConfig, str, int, str | None]
-"""The model, its parameter that scores tokens, positions scored at a time, and the mesh axis over
-which the rows of that parameter are spread."""
+Fixed = tuple[ModelConfig, str, int, Spread]
+"""The model, its parameter that scores tokens, positions scored at a time, and how the rows of
+that parameter are spread over devices."""
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _loss(
     fixed: Fixed, table: jax.Array, hidden: jax.Array, targets: jax.Array, weights: jax.Array
 ) -> jax.Array:
-    """This device's share of the loss: those of the devices of `axis` are all alike."""
+    """This device's share of the loss: those of devices with different rows are all alike."""
     chunk = fixed[2]
-    rows, count = _weighted_first(weights, chunk)
+    rows, count = _weighted_first(fixed, weights)
 
     def body(i: jax.Array, total: jax.Array) -> jax.Array:
         here = jax.lax.dynamic_slice_in_dim(rows, i * chunk, chunk)
@@ -83,7 +83,7 @@ def _loss_and_gradients(
     fixed: Fixed, table: jax.Array, hidden: jax.Array, targets: jax.Array, weights: jax.Array
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     chunk = fixed[2]
-    rows, count = _weighted_first(weights, chunk)
+    rows, count = _weighted_first(fixed, weights)
 
     def body(i: jax.Array, carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple:
         total, d_table, d_hidden = carry
@@ -112,14 +112,18 @@ def _scale_gradients(
 _loss.defvjp(_loss_and_gradients, _scale_gradients)
 
 
-def _weighted_first(weights: jax.Array, chunk: int) -> tuple[jax.Array, jax.Array]:
+def _weighted_first(fixed: Fixed, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Row numbers int32 [a multiple of chunk], those that have a weight first, in order, and the
-    number of chunks that hold any of them. Row numbers past the end fill the last chunk.
+    number of chunks that hold any of them: as many on every device that takes part in scoring them.
+    Row numbers past the end fill the last chunk.
     """
+    _, _, chunk, spread = fixed
     rows = weights.shape[0]
     order = jnp.argsort(weights == 0, stable=True).astype(jnp.int32)
     order = jnp.pad(order, (0, -rows % chunk), constant_values=rows)
     weighted = jnp.count_nonzero(weights).astype(jnp.int32)
+    if spread.apart:
+        weighted = jax.lax.pmax(weighted, spread.apart)
     return order, (weighted + chunk - 1) // chunk
 
 
@@ -129,29 +133,30 @@ def _take(rows: jax.Array, targets: jax.Array, weights: jax.Array) -> tuple[jax.
 
 
 def _scores(fixed: Fixed, table: jax.Array, x: jax.Array) -> jax.Array:
-    """float32 [C, V]: scores of the rows of `table` that are here, for positions x [C, D]."""
-    config, name, _, _ = fixed
-    return logits({name: table}, config, x)
+    """float32 [C, V]: scores of the rows of `table` that are here, for positions x [C, D] of all."""
+    config, name, _, spread = fixed
+    return logits({name: table}, config, spread.gather(x))
 
 
 def _chunk_loss(
     fixed: Fixed, scores: jax.Array, targets: jax.Array, weights: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """The loss of some positions, shared evenly among the devices of `axis`, and its derivative by
-    each score. `scores` are of this device's part of the vocabulary."""
-    axis = fixed[3]
+    """The loss of some positions, shared evenly among the devices that have different rows, and its
+    derivative by each score. `scores` are of this device's part of the vocabulary."""
+    spread = fixed[3]
+    axes, targets, weights = spread.axes, spread.gather(targets), spread.gather(weights)
     top = jnp.max(scores, axis=-1)
-    if axis is not None:
-        top = jax.lax.pmax(top, axis)
-        targets = targets - jax.lax.axis_index(axis) * scores.shape[-1]
+    if axes:
+        top = jax.lax.pmax(top, axes)
+        targets = targets - jax.lax.axis_index(axes) * scores.shape[-1]
     masses = jnp.exp(scores - top[:, None])
     is_target = jnp.arange(scores.shape[-1], dtype=jnp.int32)[None, :] == targets[:, None]
     total = jnp.sum(masses, axis=-1)
     chosen = jnp.sum(jnp.where(is_target, scores, 0), axis=-1)
     share = 1.0
-    if axis is not None:
-        total, chosen = jax.lax.psum((total, chosen), axis)
-        share = 1.0 / jax.lax.axis_size(axis)
+    if axes:
+        total, chosen = jax.lax.psum((total, chosen), axes)
+        share = 1.0 / jax.lax.axis_size(axes)
     loss = jnp.dot(weights, top + jnp.log(total) - chosen) * share
     d_scores = weights[:, None] * (masses / total[:, None] - is_target.astype(jnp.float32))
     return loss, d_scores
