@@ -36,19 +36,23 @@ queries of a key head are one axis with the positions."""
 ROWS_TO_EXPERTS = {"cpu": {"all_to_all"}, "tpu": {"all_to_all", "ragged_all_to_all"}}
 """The padded blocks; the counts and the rows."""
 
-# Of tables: columns become rows; ids and hidden states are gathered, gradients of the latter summed.
-COLUMNS = {"all_to_all": {"fsdp"}, "all_gather": {"fsdp"}, "reduce_scatter": {"fsdp"}}
+
+def columns(axes: str) -> dict[str, set[str]]:
+    """Of tables whose columns are cut along `axes`: they become rows; ids and hidden states are
+    gathered, gradients of the latter summed."""
+    return {"all_to_all": {axes}, "all_gather": {axes}, "reduce_scatter": {axes}}
+
 
 # Preset: its mesh; which collectives there are along which axes, those of `ROWS_TO_EXPERTS` aside.
 # Sums are gradients of what the devices of these axes share, and the loss of a cut vocabulary, whose
-# rows the tensor axis cuts, and the fsdp axis (which cuts columns) for the loss.
+# rows the tensor axis cuts, and for the loss those axes too that cut columns.
 CONTRACTS: dict[str, tuple[str, dict[str, set[str]]]] = {
     "nano": (
         "data=2,fsdp=2,expert=2",
         {
-            "pmax": {"fsdp"},
-            "psum": {"data fsdp", "data fsdp expert", "data expert", "fsdp"},
-            **COLUMNS,
+            "pmax": {"fsdp expert"},
+            "psum": {"data fsdp", "data fsdp expert", "data", "fsdp expert"},
+            **columns("fsdp expert"),
         },
     ),
     "mini": (
@@ -61,19 +65,19 @@ CONTRACTS: dict[str, tuple[str, dict[str, set[str]]]] = {
             "ppermute": {"context"},
             "pmax": {"tensor fsdp", "fsdp"},
             "psum": {"data fsdp context", "data context", "tensor", "tensor fsdp"},
-            **COLUMNS,
+            **columns("fsdp"),
         },
     ),
     "pro": (
         "data=2,fsdp=8,expert=8,context=2,tensor=2",
         {
             "ppermute": {"context"},
-            "pmax": {"tensor fsdp", "fsdp"},
+            "pmax": {"tensor fsdp expert", "fsdp expert"},
             "psum": {
-                *("data fsdp context", "data fsdp expert context", "data expert context"),
-                *("tensor", "tensor fsdp"),
+                *("data fsdp context", "data fsdp expert context", "data context"),
+                *("tensor", "tensor fsdp expert"),
             },
-            **COLUMNS,
+            **columns("fsdp expert"),
         },
     ),
 }
@@ -184,17 +188,18 @@ def test_what_no_device_holds(preset: str, platform: str) -> None:
     halo = min(config.layer_kinds[0].window - 1, LENGTH - share)
     positions = {LENGTH, share, share + halo}
     for operation, on_device in operations(this.jaxpr):
-        rows, columns = config.vocab_size, config.d_model
+        rows, width = config.vocab_size, config.d_model
+        pieces = sizes["fsdp"] * sizes["expert"]
         if on_device:
-            rows, columns = rows // sizes["tensor"], columns // sizes["fsdp"]
+            rows, width = rows // sizes["tensor"], width // pieces
         # The loss cuts rows of the table further.
-        of_table = {rows, rows // sizes["fsdp"]} if on_device else {rows}
+        of_table = {rows, rows // pieces} if on_device else {rows}
         for out in operation.outvars:
             shape = tuple(getattr(out.aval, "shape", ()))
             said = f"{operation.primitive.name} {shape}"
             if of_table & {*shape}:
                 scores = config.vocab_size * CHUNK
-                assert out.aval.size <= scores or out.aval.size == rows * columns, said
+                assert out.aval.size <= scores or out.aval.size == rows * width, said
             assert sum(size in positions for size in shape) <= 1, said
             if on_device and share < LENGTH:
                 assert LENGTH not in shape, said
@@ -207,7 +212,9 @@ def test_devices_hold_little_more_than_they_compute() -> None:
     this = program("pro", "tpu")
     config, sizes, moe = this.config, this.sizes, this.config.moe
     assert moe is not None
-    table = config.vocab_size // sizes["tensor"] * config.d_model // sizes["fsdp"]
+    table = (
+        config.vocab_size // sizes["tensor"] * config.d_model // sizes["fsdp"] // sizes["expert"]
+    )
     experts = moe.experts // sizes["expert"] * config.d_model * moe.d_expert // sizes["tensor"]
     pairs = LENGTH // sizes["context"] * moe.top_k
     rows = math.ceil(ROOM * pairs) + moe.experts * 64  # blocks of rows that are not full

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from gemtool.kernels.dispatch import accumulator
 from gemtool.kernels.glu import Glu
+from gemtool.kernels.rows import scale_rows
 from gemtool.model.config import ModelConfig
 from gemtool.model.params import Tree
 
@@ -25,7 +26,7 @@ def plain_rms_norm(x: jax.Array, eps: float) -> jax.Array:
     """RMSNorm without a scale, [..., D] -> [..., D] like x."""
     wide = x.astype(accumulator(x.dtype))
     scale = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
-    return (wide * scale).astype(x.dtype)
+    return scale_rows(wide, scale).astype(x.dtype)
 
 
 def norm(config: ModelConfig, x: jax.Array, scale: jax.Array) -> jax.Array:
@@ -37,7 +38,7 @@ def unit_norm(x: jax.Array) -> jax.Array:
     """Vectors of length one along the last axis; a zero vector stays zero, with finite gradient."""
     wide = x.astype(accumulator(x.dtype))
     scale = jax.lax.rsqrt(jnp.sum(jnp.square(wide), axis=-1, keepdims=True) + 1e-6)
-    return (wide * scale).astype(x.dtype)
+    return scale_rows(wide, scale).astype(x.dtype)
 
 
 def soft_cap(x: jax.Array, cap: float) -> jax.Array:

@@ -5,7 +5,8 @@ Every mesh has the same five axes, of size 1 where they are not used:
 * `data`      copies of the model, each with its own sequences;
 * `fsdp`      sequences too, and the parameters are cut, gathered where a layer needs them (ZeRO,
               arXiv 1910.02054);
-* `expert`    sequences too, and each device holds some of the experts; tokens travel to them;
+* `expert`    sequences too, and each device holds some of the experts; tokens travel to them; what is
+              not of experts is cut as by fsdp;
 * `context`   positions of a sequence (ring attention, arXiv 2310.01889), or of what a cache keeps;
 * `tensor`    heads and hidden units (Megatron, arXiv 1909.08053).
 
@@ -36,7 +37,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "length": ("context",),
     "cache": ("context",),
     "cache_all_heads": ("context", "tensor"),
-    "embed": ("fsdp",),
+    "embed": ("fsdp", "expert"),
     "vocab": ("tensor",),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
@@ -107,12 +108,15 @@ def current_mesh() -> Any:
 def partition(axes: Sequence[str | None], shape: Sequence[int], mesh: Any) -> PartitionSpec:
     """How an array with these logical axes is cut.
 
-    An axis of the array that the mesh's axis does not divide stays whole: so two key heads on four
-    tensor devices are in all of them.
+    An axis of the array that the mesh's axes do not divide stays whole: so two key heads on four tensor
+    devices are in all of them. "embed" gets those that no other axis of the array asks for.
     """
+    asked = {name for axis in axes if axis not in (None, "embed") for name in RULES[axis]}
     parts: list[Any] = []
     for axis, size in zip(axes, shape, strict=True):
         names = () if axis is None else RULES[axis]
+        if axis == "embed":
+            names = tuple(name for name in names if name not in asked)
         count = math.prod(mesh.shape[name] for name in names)
         parts.append(names if names and size % count == 0 else None)
     return PartitionSpec(*parts)

@@ -1,8 +1,8 @@
 """Tables with a row a token on a mesh: looking rows up, and scoring against all of them.
 
 The embedding and the unembedding are the largest arrays that every token needs, so no device gathers
-one. The fsdp axis cuts their columns, as those of other parameters; the devices of that axis have
-different sequences, and send each other what is smaller than the table:
+one. The fsdp and expert axes cut their columns, as those of other parameters; the devices of these axes
+have different sequences, and send each other what is smaller than the table:
 
 * to look up, token ids: each device reads its columns of the rows for all, and columns become rows of
   one device by all-to-all;
@@ -20,6 +20,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,9 +28,6 @@ from jax.sharding import PartitionSpec
 
 from gemtool.kernels.dispatch import accumulator
 from gemtool.model.mesh import AXES, current_mesh, partition
-
-CUT = "fsdp"
-"""The axis that cuts columns of a table."""
 
 
 def embedding_rows(table: jax.Array, tokens: jax.Array) -> jax.Array:
@@ -43,11 +41,11 @@ def embedding_rows(table: jax.Array, tokens: jax.Array) -> jax.Array:
         return _rows_of(table.shape, table, tokens)
     spec = partition(("vocab", "embed"), table.shape, mesh)
     places = partition(("batch", "length"), tokens.shape, mesh)
-    cut = spec[1] is not None and mesh.shape[CUT] > 1
+    cut = _column_axes(spec, mesh)
 
     def local(table: jax.Array, tokens: jax.Array) -> jax.Array:
         if cut and places[0] is not None:
-            tokens = jax.lax.all_gather(tokens, CUT, tiled=True)
+            tokens = jax.lax.all_gather(tokens, cut, tiled=True)
         here = jax.lax.axis_index("tensor")
         index = tokens - here * (0 if spec[0] is None else len(table))
         mine = (index >= 0) & (index < len(table))
@@ -56,9 +54,9 @@ def embedding_rows(table: jax.Array, tokens: jax.Array) -> jax.Array:
         found = _rows_of(table.shape, table, jnp.where(mine, index, 0))
         found = jnp.where(mine[..., None], found, 0)
         if cut and places[0] is not None:
-            found = jax.lax.all_to_all(found, CUT, split_axis=0, concat_axis=2, tiled=True)
+            found = jax.lax.all_to_all(found, cut, split_axis=0, concat_axis=2, tiled=True)
         elif cut:
-            found = jax.lax.all_gather(found, CUT, axis=2, tiled=True)
+            found = jax.lax.all_gather(found, cut, axis=2, tiled=True)
         return found[None]
 
     parts = jax.shard_map(
@@ -68,6 +66,11 @@ def embedding_rows(table: jax.Array, tokens: jax.Array) -> jax.Array:
         check_vma=False,
     )(table, tokens)
     return jnp.sum(parts, axis=0)
+
+
+def _column_axes(spec: PartitionSpec, mesh: Any) -> tuple[str, ...]:
+    """The axes, of more than one device, that cut the columns of a table."""
+    return tuple(axis for axis in spec[1] or () if mesh.shape[axis] > 1)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -126,14 +129,14 @@ def sum_over_positions(
     spec = partition(("vocab", "embed"), table.shape, mesh)
     places = partition(("batch", "length"), arrays[0].shape[:2], mesh)
     alike = () if spec[0] is None or mesh.shape["tensor"] == 1 else ("tensor",)
-    rows = table.shape[0] // math.prod(mesh.shape[axis] for axis in alike)
-    cut = spec[1] is not None and mesh.shape[CUT] > 1 and places[0] is not None
+    cut = _column_axes(spec, mesh) if places[0] is not None else ()
     # Columns become rows where there are enough of these; else they are gathered.
-    spread = Spread(alike, (CUT,) if cut and rows % mesh.shape[CUT] == 0 else ())
+    pieces = math.prod(mesh.shape[axis] for axis in (*alike, *cut))
+    spread = Spread(alike, cut if table.shape[0] % pieces == 0 else ())
 
     def local(table: jax.Array, *arrays: jax.Array) -> jax.Array:
         if spread.apart:
-            table = jax.lax.all_to_all(table, CUT, split_axis=0, concat_axis=1, tiled=True)
+            table = jax.lax.all_to_all(table, cut, split_axis=0, concat_axis=1, tiled=True)
         return function(table, *arrays, spread)[None] / copies
 
     # Devices along an axis that cuts neither the table nor the positions all compute the same.

@@ -50,7 +50,9 @@ def next_token_loss(
         spread: Spread,
     ) -> jax.Array:
         flat = hidden.reshape(-1, hidden.shape[-1])
-        fixed = (config, name, chunk, spread)
+        # Where each device scores the positions of many, few of each are many.
+        each = min(chunk, -(-8 * chunk // jax.lax.axis_size(spread.apart)))
+        fixed = (config, name, each, spread)
         return _loss(fixed, table, flat, targets.reshape(-1), weights.reshape(-1))
 
     with jax.named_scope("next_token_loss"):

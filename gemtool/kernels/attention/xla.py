@@ -23,6 +23,7 @@ from jax import lax
 
 from gemtool.kernels.attention.reference import NOTHING
 from gemtool.kernels.dispatch import accumulator
+from gemtool.kernels.rows import row_dots
 
 KEY_BLOCK = 128
 DECODE_KEY_BLOCK = 512
@@ -343,7 +344,7 @@ def _backward(
     q_rows, d_out_rows = plan.rows(q) * scale, plan.rows(d_out)
     # Through the softmax: d_scores = p * (d_p - delta), delta = sum of p * d_p = out . d_out, less
     # what comes through the log of the denominator, whose slope is p.
-    delta = (plan.rows(out) * d_out_rows).sum(axis=-1) - plan.rows(d_logsumexp[..., None])[..., 0]
+    delta = row_dots(plan.rows(out), d_out_rows) - plan.rows(d_logsumexp[..., None])[..., 0]
     logsumexp = plan.rows(logsumexp[..., None])[..., 0]
     keys, values = plan.arrange(k), plan.arrange(v)
 

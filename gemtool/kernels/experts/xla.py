@@ -22,6 +22,7 @@ from jax import lax
 from gemtool.kernels.dispatch import accumulator
 from gemtool.kernels.experts.pairs import Pairs, combine, sort_pairs
 from gemtool.kernels.glu import Glu
+from gemtool.kernels.rows import row_dots
 
 # Up to this many pairs (decoding), each is a chain of matrix-vector products by itself.
 FEW_PAIRS = 16
@@ -30,7 +31,7 @@ FEW_PAIRS = 16
 # average half empty. Each size is a multiple of the next.
 BLOCK_ROWS: tuple[tuple[int, tuple[int, ...]], ...] = (
     (512, (256, 64, 16)),
-    (96, (128, 16)),
+    (96, (128, 64, 16)),
     (48, (64, 16)),
     (32, (32, 16)),
     (16, (16,)),
@@ -76,8 +77,8 @@ def _forward(
     experts, dim, hidden = w["gate"].shape
     dtype = accumulator(x.dtype)
     pairs, blocks = sort_pairs(expert_ids, experts), _block_rows(expert_ids, experts)
-    rows = expert_ids.size + blocks[-1]
     x_rows = _gather(x.astype(dtype), pairs, blocks)
+    rows = len(x_rows)
 
     def one_expert(e: jax.Array, carry: Any) -> Any:
         own = _expert(w, e, dtype)
@@ -124,7 +125,7 @@ def _experts_bwd(glu: Glu, saved: Any, d_out: jax.Array) -> tuple[Any, ...]:
             share = jnp.where(mine, block(share_rows)[:, None], 0)
             h, glu_vjp = jax.vjp(glu, gate, up)
             d_h = d_out_b @ own["down"].T  # before the pair's weight
-            d_weight = (d_h * h).sum(axis=1)
+            d_weight = row_dots(d_h, h)
             if "down_bias" in own:
                 d_weight = d_weight + d_out_b @ own["down_bias"]
             d_share = _put(d_share, d_weight, at)
