@@ -185,11 +185,11 @@ def test_parameters_are_really_cut() -> None:
     shardings = flatten(param_shardings(CONFIG, mesh))
     shapes = {k: v.shape for k, v in flatten(init_params(CONFIG, jax.random.key(0))).items()}
     local = {path: shardings[path].shard_shape(shape) for path, shape in shapes.items()}
-    assert local["embedding"] == (48, 16)
-    assert local["layers/1/attention/q"] == (16, 4, 8)
+    assert local["embedding"] == (48, 8)
+    assert local["layers/1/attention/q"] == (8, 4, 8)
     assert local["layers/1/moe/gate"] == (4, 16, 8)
     assert local["layers/1/moe/down"] == (4, 8, 16)
-    assert local["layers/0/mlp/down"] == (32, 16)
+    assert local["layers/0/mlp/down"] == (32, 8)
     assert local["layers/1/attention/sink"] == (4,)
 
 
