@@ -26,6 +26,7 @@ from gemtool.model.mesh import (
 )
 from gemtool.model.params import flatten, init_params, param_specs
 from gemtool.model.transformer import forward
+from gemtool.model.vocab_parallel import embedding_rows
 from gemtool.train.objectives import next_token_loss
 
 # float32 keys and values: rounding them to float16 would turn other orders of summation into steps.
@@ -146,20 +147,32 @@ def test_what_each_device_adds_is_added_once() -> None:
     require_equal(BIASED, text, params, batch, run(BIASED, params, batch))
 
 
-def test_rows_that_do_not_divide_count_once() -> None:
-    """As positions do not where evaluation shards have another length than the mesh was made for."""
+@pytest.mark.parametrize(
+    ("text", "vocabulary", "sequences"),
+    [
+        ("data=2,context=4", 96, 3),
+        ("fsdp=2,expert=2,tensor=2", 96, 3),
+        ("fsdp=5", 96, 5),
+        ("fsdp=4", 90, 4),
+    ],
+)
+def test_rows_that_do_not_divide_count_once(text: str, vocabulary: int, sequences: int) -> None:
+    """As positions do not where evaluation shards have another length than the mesh was made for, nor
+    rows and columns of a table on a mesh of any size."""
     rng = np.random.default_rng(2)
-    table = rng.standard_normal((96, 32)).astype(np.float32)
-    hidden = rng.standard_normal((3, 10, 32)).astype(np.float32)
-    targets = jax.numpy.asarray(rng.integers(0, 96, (3, 10)).astype(np.int32))
-    weights = jax.numpy.asarray(rng.random((3, 10)).astype(np.float32))
+    rows = (sequences, 10)
+    table = rng.standard_normal((vocabulary, 32)).astype(np.float32)
+    hidden = rng.standard_normal((*rows, 32)).astype(np.float32)
+    targets = jax.numpy.asarray(rng.integers(0, vocabulary, rows).astype(np.int32))
+    weights = jax.numpy.asarray(rng.random(rows).astype(np.float32))
 
     def loss(table: Any, hidden: Any) -> Any:
         params = {"embedding": table}
+        hidden = hidden + embedding_rows(table, targets)
         return next_token_loss(params, CONFIG, hidden, targets, weights, chunk=8)
 
     expected = jax.value_and_grad(loss, (0, 1))(table, hidden)
-    with jax.set_mesh(make_mesh(parse_mesh("data=2,context=4"))):
+    with jax.set_mesh(make_mesh(parse_mesh(text))):
         found = jax.jit(jax.value_and_grad(loss, (0, 1)))(table, hidden)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), found, expected

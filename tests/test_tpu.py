@@ -25,8 +25,8 @@ SLICES = {
     ("nano", "1k"): ("v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2"),
     ("mini", "4k"): ("v4:2x2x1", "v5e:2x4", "v5p:2x2x1", "v6e:2x2"),
     ("flash", "4k"): ("v4:2x2x2", "v5e:4x4", "v5p:2x2x1", "v6e:2x4"),
-    ("pro", "4k"): ("v4:8x8x8", "v5p:4x4x4"),
-    ("pro", "2k"): ("v6e:16x16",),
+    ("pro", "4k"): ("v5p:4x4x4",),
+    ("pro", "2k"): ("v4:8x8x8", "v6e:16x16"),
 }
 EXPERTS = {"nano", "mini", "pro"}
 
