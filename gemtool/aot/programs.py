@@ -23,10 +23,7 @@ from gemtool.model.mesh import make_mesh, param_shardings, partition, require_fi
 from gemtool.model.params import abstract_params, count_params, in_dtype
 from gemtool.train.optimizer import make_optimizer
 from gemtool.train.placement import state_shardings
-from gemtool.train.step import abstract_state, make_train_step
-
-STATE_BYTES = 16
-"""Of training, a parameter: itself, its gradient and two moments, float32."""
+from gemtool.train.step import STATE_BYTES, abstract_state, make_train_step
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,7 @@ from gemtool.train.optimizer import Schedule, default_peak, default_warmup, make
 from gemtool.train.placement import place_batches, state_shardings
 from gemtool.train.state import RunFolder, open_run
 from gemtool.train.step import (
+    STATE_BYTES,
     TrainState,
     abstract_state,
     init_state,
@@ -266,10 +267,11 @@ class _Run:
         """
         options, length, there = self.options, self.loader.length, memory_size()
         count, _ = count_params(self.config)
-        if there is not None and 16 * count > there and self.mesh is None:
+        state = STATE_BYTES * count
+        if there is not None and state > there and self.mesh is None:
             raise UsageError(
                 f"{self.config.name}: to train its {count:,} parameters takes more than "
-                f"{16 * count / 1e9:,.0f} GB, the device has {there / 1e9:,.1f} GB; "
+                f"{state / 1e9:,.0f} GB, the device has {there / 1e9:,.1f} GB; "
                 "take a smaller model"
             )
         layers = len(self.config.layer_kinds)

@@ -23,6 +23,9 @@ from gemtool.train.objectives import next_token_loss
 
 Metrics = dict[str, jax.Array]
 
+STATE_BYTES = 16
+"""Of training, a parameter: itself, its gradient and two moments, float32."""
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
