@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from gemtool.errors import UsageError
 from gemtool.model.batch import Batch, MediaGroups
@@ -148,22 +149,25 @@ def test_what_each_device_adds_is_added_once() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "vocabulary", "sequences"),
+    ("text", "table_shape", "sequences"),
     [
-        ("data=2,context=4", 96, 3),
-        ("fsdp=2,expert=2,tensor=2", 96, 3),
-        ("fsdp=5", 96, 5),
-        ("fsdp=4", 90, 4),
+        ("data=2,context=4", (96, 32), 3),
+        ("fsdp=2,expert=2,tensor=2", (96, 32), 3),
+        ("fsdp=5", (96, 32), 5),
+        ("fsdp=4", (90, 32), 4),
+        ("fsdp=2,expert=4", (96, 34), 8),
     ],
 )
-def test_rows_that_do_not_divide_count_once(text: str, vocabulary: int, sequences: int) -> None:
+def test_rows_that_do_not_divide_count_once(
+    text: str, table_shape: tuple[int, int], sequences: int
+) -> None:
     """As positions do not where evaluation shards have another length than the mesh was made for, nor
     rows and columns of a table on a mesh of any size."""
     rng = np.random.default_rng(2)
     rows = (sequences, 10)
-    table = rng.standard_normal((vocabulary, 32)).astype(np.float32)
-    hidden = rng.standard_normal((*rows, 32)).astype(np.float32)
-    targets = jax.numpy.asarray(rng.integers(0, vocabulary, rows).astype(np.int32))
+    table = rng.standard_normal(table_shape).astype(np.float32)
+    hidden = rng.standard_normal((*rows, table_shape[1])).astype(np.float32)
+    targets = jax.numpy.asarray(rng.integers(0, table_shape[0], rows).astype(np.int32))
     weights = jax.numpy.asarray(rng.random(rows).astype(np.float32))
 
     def loss(table: Any, hidden: Any) -> Any:
@@ -210,6 +214,10 @@ def test_what_does_not_divide_stays_whole() -> None:
     mesh = make_mesh(parse_mesh("tensor=4"))
     assert partition(("embed", "kv_heads", None), (32, 2, 8), mesh)[1] is None
     assert partition(("embed", "heads", None), (32, 8, 8), mesh)[1] == "tensor"
+    mesh = make_mesh(parse_mesh("fsdp=2,expert=4"))
+    cuts = [partition(("embed",), (size,), mesh)[0] for size in (32, 34, 33)]
+    assert cuts == [("fsdp", "expert"), "fsdp", None]
+    assert partition(("expert", "embed"), (8, 32), mesh) == P("expert", "fsdp")
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ def compiled(gemtool: Command, verb: str, model: str, topology: str, *more: str)
 
 
 def marks(model: str, topology: str) -> list[pytest.MarkDecorator]:
-    """Two programs of pro at once take more memory than a small machine has (11 GB each)."""
+    """Two programs of pro at once take more memory than a small machine has (11 to 15 GB each)."""
     quick = model == "nano" and topology.startswith("v5e")
     found = [] if quick else [pytest.mark.slow]
     return [*found, pytest.mark.xdist_group("large")] if model == "pro" else found

@@ -109,7 +109,8 @@ def partition(axes: Sequence[str | None], shape: Sequence[int], mesh: Any) -> Pa
     """How an array with these logical axes is cut.
 
     An axis of the array that the mesh's axes do not divide stays whole: so two key heads on four tensor
-    devices are in all of them. "embed" gets those that no other axis of the array asks for.
+    devices are in all of them. "embed" gets those that no other axis of the array asks for, but the
+    last if together they do not divide it.
     """
     asked = {name for axis in axes if axis not in (None, "embed") for name in RULES[axis]}
     parts: list[Any] = []
@@ -117,9 +118,14 @@ def partition(axes: Sequence[str | None], shape: Sequence[int], mesh: Any) -> Pa
         names = () if axis is None else RULES[axis]
         if axis == "embed":
             names = tuple(name for name in names if name not in asked)
-        count = math.prod(mesh.shape[name] for name in names)
-        parts.append(names if names and size % count == 0 else None)
+            if size % _devices(names, mesh):
+                names = names[:-1]
+        parts.append(names if names and size % _devices(names, mesh) == 0 else None)
     return PartitionSpec(*parts)
+
+
+def _devices(names: Sequence[str], mesh: Any) -> int:
+    return math.prod(mesh.shape[name] for name in names)
 
 
 def param_shardings(config: ModelConfig, mesh: Mesh, stacked: bool = False) -> Tree:

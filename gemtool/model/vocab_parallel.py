@@ -70,7 +70,8 @@ def embedding_rows(table: jax.Array, tokens: jax.Array) -> jax.Array:
 
 def _column_axes(spec: PartitionSpec, mesh: Any) -> tuple[str, ...]:
     """The axes, of more than one device, that cut the columns of a table."""
-    return tuple(axis for axis in spec[1] or () if mesh.shape[axis] > 1)
+    axes = (spec[1],) if isinstance(spec[1], str) else spec[1] or ()
+    return tuple(axis for axis in axes if mesh.shape[axis] > 1)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
