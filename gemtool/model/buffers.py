@@ -28,7 +28,14 @@ from jax.sharding import PartitionSpec
 
 from gemtool.kernels.attention import flash_attention, merge_attention, partial_attention
 from gemtool.kernels.dispatch import accumulator, target_platform
-from gemtool.model.mesh import RULES, constrain, current_mesh, partition
+from gemtool.model.mesh import (
+    RULES,
+    constrain,
+    current_mesh,
+    cut_axes,
+    device_count,
+    partition,
+)
 
 RUN = 4096
 """Positions that are dealt to a device at a time; as many as a block of a context file has."""
@@ -51,7 +58,8 @@ def buffer_shape(
     """The shape of a buffer of at least `capacity` positions."""
     if mesh is None:
         return (batch_size, capacity, kv_heads, head_dim)
-    per_round = RUN * _devices(buffer_axes(kv_heads, mesh), mesh)
+    positions = buffer_axes(kv_heads, mesh)[2] or ""
+    per_round = RUN * device_count(RULES[positions], mesh)
     return (batch_size, -(-capacity // per_round), per_round, kv_heads, head_dim)
 
 
@@ -222,9 +230,8 @@ class _Share:
 
     @classmethod
     def of(cls, local: jax.Array, spec: PartitionSpec, mesh: Any) -> _Share:
-        axes = spec[2] if isinstance(spec[2], tuple) else (spec[2],)
-        devices = math.prod(mesh.shape[axis] for axis in axes)
-        return cls(axes, devices, local.shape[2], jax.lax.axis_index(axes))
+        axes = cut_axes(spec[2])
+        return cls(axes, device_count(axes, mesh), local.shape[2], jax.lax.axis_index(axes))
 
     @property
     def round(self) -> int:
@@ -268,8 +275,3 @@ def _reshaped(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 def _spec(buffer: jax.Array, mesh: Any) -> PartitionSpec:
     return partition(buffer_axes(buffer.shape[-2], mesh), buffer.shape, mesh)
-
-
-def _devices(axes: Axes, mesh: Any) -> int:
-    """Over how many devices positions are dealt."""
-    return math.prod(mesh.shape[name] for name in RULES[axes[2] or ""])

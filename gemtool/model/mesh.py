@@ -19,7 +19,7 @@ attention and experts say themselves what is sent where (`parallel.py`, `expert_
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -118,13 +118,19 @@ def partition(axes: Sequence[str | None], shape: Sequence[int], mesh: Any) -> Pa
         names = () if axis is None else RULES[axis]
         if axis == "embed":
             names = tuple(name for name in names if name not in asked)
-            if size % _devices(names, mesh):
+            if size % device_count(names, mesh):
                 names = names[:-1]
-        parts.append(names if names and size % _devices(names, mesh) == 0 else None)
+        parts.append(names if names and size % device_count(names, mesh) == 0 else None)
     return PartitionSpec(*parts)
 
 
-def _devices(names: Sequence[str], mesh: Any) -> int:
+def cut_axes(part: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The axes of the mesh that an entry of a `PartitionSpec` names: jax writes one without a tuple."""
+    return (part,) if isinstance(part, str) else part or ()
+
+
+def device_count(names: Iterable[str], mesh: Any) -> int:
+    """How many devices these axes of a mesh spread an array over."""
     return math.prod(mesh.shape[name] for name in names)
 
 
@@ -170,7 +176,7 @@ def require_fit(
         UsageError: naming the axis that does not divide.
     """
     sizes = mesh.shape
-    sequences = math.prod(sizes[name] for name in RULES["batch"])
+    sequences = device_count(RULES["batch"], mesh)
     problems = []
     if batch is not None and batch % sequences:
         problems.append(f"data x fsdp x expert = {sequences} does not divide {batch} sequences")

@@ -28,6 +28,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from gemtool.kernels.attention import flash_attention, merge_attention, partial_attention
+from gemtool.kernels.rows import row_dots
 from gemtool.model.mesh import AXES, current_mesh, partition
 
 
@@ -262,12 +263,12 @@ def _ring_backward(fixed: Fixed, saved: Any, d_out: jax.Array) -> tuple[Any, ...
     size, _ = fixed
     q, k, v, segments, sink, out, lse = saved
     wide = d_out.astype(lse.dtype)
-    along = jnp.sum(wide * out.astype(lse.dtype), axis=-1)  # [B, T, H]
+    along = row_dots(wide, out.astype(lse.dtype))  # [B, T, H]
 
     def gradients(attend: Any, k: jax.Array, v: jax.Array) -> Any:
         (part, part_lse), back = jax.vjp(attend, q, k, v)
         share = jnp.exp(part_lse - lse)
-        d_lse = share * (jnp.sum(wide * part.astype(lse.dtype), axis=-1) - along)
+        d_lse = share * (row_dots(wide, part.astype(lse.dtype)) - along)
         return back(((wide * share[..., None]).astype(part.dtype), d_lse))
 
     d_q, d_k, d_v = gradients(functools.partial(_own, fixed, segments), k, v)

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -27,7 +26,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from gemtool.kernels.dispatch import accumulator
-from gemtool.model.mesh import AXES, current_mesh, partition
+from gemtool.model.mesh import AXES, current_mesh, cut_axes, device_count, partition
 
 
 def embedding_rows(table: jax.Array, tokens: jax.Array) -> jax.Array:
@@ -70,8 +69,7 @@ def embedding_rows(table: jax.Array, tokens: jax.Array) -> jax.Array:
 
 def _column_axes(spec: PartitionSpec, mesh: Any) -> tuple[str, ...]:
     """The axes, of more than one device, that cut the columns of a table."""
-    axes = (spec[1],) if isinstance(spec[1], str) else spec[1] or ()
-    return tuple(axis for axis in axes if mesh.shape[axis] > 1)
+    return tuple(axis for axis in cut_axes(spec[1]) if mesh.shape[axis] > 1)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -132,7 +130,7 @@ def sum_over_positions(
     alike = () if spec[0] is None or mesh.shape["tensor"] == 1 else ("tensor",)
     cut = _column_axes(spec, mesh) if places[0] is not None else ()
     # Columns become rows where there are enough of these; else they are gathered.
-    pieces = math.prod(mesh.shape[axis] for axis in (*alike, *cut))
+    pieces = device_count((*alike, *cut), mesh)
     spread = Spread(alike, cut if table.shape[0] % pieces == 0 else ())
 
     def local(table: jax.Array, *arrays: jax.Array) -> jax.Array:
@@ -142,7 +140,7 @@ def sum_over_positions(
 
     # Devices along an axis that cuts neither the table nor the positions all compute the same.
     cuts = {*alike, *jax.tree.leaves(tuple(places))}
-    copies = math.prod(size for name, size in mesh.shape.items() if name not in cuts)
+    copies = device_count(set(AXES) - cuts, mesh)
     shares = jax.shard_map(
         local,
         in_specs=(spec if spread.apart else PartitionSpec(spec[0], None), *[places] * len(arrays)),

@@ -50,7 +50,7 @@ def next_token_loss(
         spread: Spread,
     ) -> jax.Array:
         flat = hidden.reshape(-1, hidden.shape[-1])
-        # Where each device scores the positions of many, few of each are many.
+        # Devices score one another's positions: of eight or more, eight chunks at a time.
         each = min(chunk, -(-8 * chunk // jax.lax.axis_size(spread.apart)))
         fixed = (config, name, each, spread)
         return _loss(fixed, table, flat, targets.reshape(-1), weights.reshape(-1))
