@@ -2,7 +2,8 @@
 
 The peer is a 2048 x 2048 x 2048 float32 matmul, and seconds are those of the clock. Needed
 operations only are counted: what a causal mask or a window hides is not, and a backward pass counts
-2.5 forwards (attention) or 2 (experts).
+2.5 forwards (attention) or 2 (experts). Rates of attention to blocks and of dense attention (the
+rows "attention: prefill" and "decode") compare what a key costs that is attended to.
 Both run on one core where the system can be told so (`--all-cores` leaves it alone).
 """
 
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from measure import Action, Row, call, compare, keep_to_one_core, report
 
-from gemtool.kernels import attention, expert_mlp, experts, flash_attention
+from gemtool.kernels import attention, blocks, expert_mlp, experts, flash_attention
 
 Case = tuple[str, float, Callable[..., Any], tuple[Any, ...], int]
 REPEATS = 5
@@ -105,11 +106,68 @@ def expert_cases(impl: str) -> Iterator[Case]:
             yield label + " + backward", 3 * work, with_gradient(run, 5), arrays, 0
 
 
+def block_cases(impl: str) -> Iterator[Case]:
+    """As `attention_cases`: attention to 21 blocks of a million keys, and the choice of 16 blocks."""
+    positions, block, heads, dim, far, near = 2**20, 64, 2, 64, 16, 5
+    buffer = normal(1, positions, 1, dim, dtype=jnp.float16)
+    for label, T in (("prefill 512", 512), ("decode", 1)):
+        start = positions - T
+        named = jnp.asarray(neighbours(start // block - near, start, T, block, far, near))
+        work = 4.0 * T * heads * dim * block * (far + near)
+
+        def step(
+            q: jax.Array, k: jax.Array, named: jax.Array, at: jax.Array, T: int = T
+        ) -> jax.Array:
+            options = {"block": block, "q_start": at, "kv_length": at + T}
+            return blocks.block_attention(q, k, k, named, impl=impl, **options)
+
+        arguments = (normal(1, T, heads, dim), buffer, named, jnp.int32(start))
+        read = 2 * (far + near) * block * dim * 2 if T == 1 else 0
+        yield f"{label} at 1M, {far + near} of {block} keys, float16", work, step, arguments, read
+
+    slots, width = 4, 32
+    for label, T, count in (
+        ("for 512 of 16384 blocks", 512, 16384),
+        ("for 512 of 1024 blocks", 512, 1024),
+        ("for 1 of 16384 blocks", 1, 16384),
+        ("for 1 of 163840 blocks", 1, 163840),
+    ):
+        landmarks = normal(1, slots, width, count)
+        candidates, take = jnp.full(T, count, jnp.int32), jnp.full(T, far, jnp.int32)
+
+        def choose(u: jax.Array, marks: jax.Array, most: jax.Array, take: jax.Array) -> jax.Array:
+            return blocks.choose_blocks(u, marks, candidates=most, width=take, most=far, impl=impl)
+
+        arguments = (normal(1, 7 + T, width), landmarks, candidates, take)
+        # A step of one looks at seven queries before it too.
+        rows = T if T > 1 else 8
+        read = landmarks.nbytes if T == 1 else 0
+        yield f"choice {label}", 2.0 * rows * slots * count * width, choose, arguments, read
+
+
+def neighbours(below: int, start: int, T: int, block: int, far: int, near: int) -> np.ndarray:
+    """Lists [1, T, far + near]: far blocks that are the same for 8 queries and then change by two,
+    each query's own, and those before it."""
+    rng = np.random.default_rng(0)
+    chosen = rng.choice(below, far, replace=False)
+    rows = []
+    for t in range(T):
+        if t and t % 8 == 0:
+            chosen = chosen.copy()
+            others = np.setdiff1d(rng.choice(below, 4, replace=False), chosen)[:2]
+            chosen[rng.choice(far, len(others), replace=False)] = others
+        rows.append(np.concatenate([chosen, (start + t) // block - np.arange(near)]))
+    return np.asarray(rows, np.int32)[None]
+
+
 def rows(impl: str, only: str) -> Iterator[Row]:
     square = normal(2048, 2048)
     matmul = compiled(jnp.dot, square, square)
-    for module, cases in {attention: attention_cases, experts: expert_cases}.items():
+    everything = {attention: attention_cases, blocks: block_cases, experts: expert_cases}
+    for module, cases in everything.items():
         operation = module.__name__.rpartition(".")[2]
+        if impl not in module.IMPLEMENTATIONS:
+            continue
         for label, work, function, arguments, read in cases(impl):
             what = f"{operation}: {label}"
             if only not in what:

@@ -18,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from gemtool.aot.topology import open_topology, prepare_process
 from gemtool.kernels import expert_mlp
 from gemtool.kernels.attention import partial_attention
+from gemtool.kernels.blocks import choose_blocks, partial_block_attention
 from gemtool.kernels.dispatch import compiling_for
 
 if importlib.util.find_spec("libtpu") is None:
@@ -35,15 +36,15 @@ def device(request: pytest.FixtureRequest) -> Any:
     return open_topology(CHIPS[request.param]).devices[0]
 
 
-def compiled(device: Any, function: Any, arguments: Any) -> Any:
-    """The program for one chip; it holds kernels written in Pallas."""
+def compiled(device: Any, function: Any, arguments: Any, with_kernels: bool = True) -> Any:
+    """The program for one chip; it holds kernels written in Pallas, or does not."""
     sharding = NamedSharding(Mesh(np.array([device]), ("x",)), PartitionSpec())
     placed = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), arguments
     )
     with compiling_for("tpu"):
         program = jax.jit(function).lower(*placed).compile()
-    assert "tpu_custom_call" in program.as_text()
+    assert ("tpu_custom_call" in program.as_text()) == with_kernels
     return program
 
 
@@ -120,6 +121,49 @@ def test_attention_over_a_million_keys(device: Any, name: str) -> None:
 
     program = compiled(device, step, arguments)
     assert program.memory_analysis().temp_size_in_bytes < most * 2**20
+
+
+# name: (T, C, H, KV, D), keys of a block, type of queries, of the buffer.
+BLOCKS: dict[str, tuple[tuple[int, ...], int, Any, Any]] = {
+    "nano G decodes": ((1, 21, 2, 1, 64), 64, FLOAT32, FLOAT32),
+    "nano G prefills": ((512, 21, 2, 1, 64), 64, FLOAT32, BFLOAT16),
+    "mini G prefills, more than is prefetched": ((2048, 21, 8, 2, 64), 128, BFLOAT16, BFLOAT16),
+    "pro G decodes": ((1, 69, 64, 4, 128), 64, BFLOAT16, BFLOAT16),
+    "share of pro G prefills": ((512, 69, 16, 1, 128), 64, BFLOAT16, BFLOAT16),
+    "pro G in float32, small blocks": ((512, 69, 64, 4, 128), 16, FLOAT32, FLOAT32),
+}
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_attention_to_blocks_of_a_million_keys(device: Any, name: str) -> None:
+    """Nothing of the size of a buffer is made."""
+    (T, C, H, KV, D), block, dtype, buffer_dtype = BLOCKS[name]
+    buffer = shape(1, MILLION, KV, D, dtype=buffer_dtype)
+    place = shape(dtype=jnp.int32)
+    named = shape(1, T, C, dtype=jnp.int32)
+    arguments = (shape(1, T, H, D, dtype=dtype), buffer, buffer, named, shape(H), place)
+
+    def step(q: Any, k: Any, v: Any, named: Any, sink: Any, at: Any) -> Any:
+        options = {"block": block, "q_start": at, "kv_length": at + T, "soft_cap": 30.0}
+        return partial_block_attention(
+            q, k, v, named, sink=sink, starts=named * block, impl="pallas_tpu", **options
+        )
+
+    program = compiled(device, step, arguments)
+    assert program.memory_analysis().temp_size_in_bytes < 100 * 2**20
+
+
+def test_choice_of_blocks_of_a_million_keys(device: Any) -> None:
+    """Plain XLA: the memory it needs is that of a group's scores."""
+    T, blocks = 512, MILLION // 64
+    numbers = shape(T, dtype=jnp.int32)
+    arguments = (shape(1, 7 + T, 32), shape(1, 4, 32, blocks), numbers, numbers)
+
+    def step(u: Any, landmarks: Any, candidates: Any, width: Any) -> Any:
+        return choose_blocks(u, landmarks, candidates=candidates, width=width, most=16)
+
+    program = compiled(device, step, arguments, with_kernels=False)
+    assert program.memory_analysis().temp_size_in_bytes < 200 * 2**20
 
 
 # name: (T, K, E, D, F), type, whether gradients are taken.
