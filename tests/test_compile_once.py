@@ -118,8 +118,8 @@ def test_documents_and_prompts_of_any_length_share_programs(tmp_path: Path, watc
     tiles = {1, PROMPT_TILE} | {engine.tile_size(n) for n in range(1, 2 * SHORTEST + 1)}
     rooms = {capacity_for(n) for n in range(1, 2 * BLOCK)}
     assert (len(tiles), rooms) == (4, {BLOCK, 2 * BLOCK})
-    counts = watch.counts("scored_step", "kv_step", "_grown")
-    for name, most in {"scored_step": 8, "kv_step": 2, "_grown": 1}.items():
+    counts = watch.counts("scored_step", "kv_step", "grown")
+    for name, most in {"scored_step": 8, "kv_step": 2, "grown": 1}.items():
         traced, compiled = counts[name]
         assert 1 <= traced == compiled <= most, name
     watch.forget()

@@ -86,7 +86,7 @@ YARN = {"kind": "yarn", "factor": 4.0, "original_length": 64}
         ((), "activation", "relu", "activation must be one of swiglu, geglu, clamped_swiglu"),
         ((), "glu_limit", 0, "glu_limit must be positive"),
         ((), "logit_soft_cap", -1.0, "logit_soft_cap must not be negative"),
-        (("kinds", "G"), "window", 8, "0 for full attention, not 8"),
+        (("kinds", "G"), "window", 8, "0 for full and indexed attention, not 8"),
         (("kinds", "L"), "rope_scaling", 2, "model.kinds.L.rope_scaling must be a table, not 2"),
         (("kinds", "L"), "rope_scaling", {"kind": "yarn"}, "rope_scaling: missing factor"),
         (("kinds", "L"), "rope_scaling", {"kind": "x", "factor": 2}, "one of linear, ntk, yarn"),

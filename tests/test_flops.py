@@ -11,7 +11,7 @@ import pytest
 
 from gemtool.model.config import load_preset
 from gemtool.model.flops import forward_flops, visible_pairs
-from gemtool.model.kinds import LayerKind
+from gemtool.model.kinds import IndexConfig, LayerKind
 from gemtool.model.params import abstract_params, count_params
 from gemtool.model.transformer import forward, logits
 from tests.test_mesh import CONFIG, make_batch
@@ -60,3 +60,21 @@ def test_only_chosen_experts_count() -> None:
     of_token = forward_flops(config, 1)
     # Nearly all active parameters but the two tables and the encoders are multiplied, once.
     assert 0.9 < of_token / (2 * (active - 2 * table)) < 1.01
+
+
+@pytest.mark.parametrize(("length", "start"), [(1, 0), (40, 0), (1, 300), (70, 190)])
+def test_only_chosen_blocks_count(length: int, start: int) -> None:
+    index = IndexConfig(block=8, landmarks=3, dim=4, local=1, select=2, growth=1, floor=64)
+    dense = dataclasses.replace(load_preset("nano"), encoders=())
+    window, kind = dense.kinds
+    kind = dataclasses.replace(kind, attention="indexed", index=index)
+    config = dataclasses.replace(dense, kinds=(window, kind))
+    expected = 0.0
+    for query in range(start, start + length):
+        far = max(query // 8 - 1, 0)
+        width = 2 + sum(query // 64 >= 2**n for n in range(1, 20))
+        keys = query + 1 - 8 * far + 8 * min(far, width)
+        expected += 4 * kind.heads * kind.head_dim * keys + 2 * far * 3 * 4
+    found = forward_flops(config, length, start, chosen=True) - forward_flops(config, length, start)
+    everything = 4 * kind.heads * kind.head_dim * visible_pairs(kind, length, start)
+    np.testing.assert_allclose(found, expected - everything, rtol=1e-6, atol=1.0)

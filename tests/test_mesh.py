@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 from gemtool.errors import UsageError
 from gemtool.model.batch import Batch, MediaGroups
 from gemtool.model.config import PRESETS, ModelConfig, load_preset
+from gemtool.model.kinds import IndexConfig
 from gemtool.model.mesh import (
     AXES,
     RULES,
@@ -131,7 +132,8 @@ def spread(batch: Batch, mesh: Any) -> Batch:
         spec = partition(("batch", "length"), x.shape, mesh)
         return jax.device_put(x, jax.sharding.NamedSharding(mesh, spec))
 
-    own = {f.name: put(getattr(batch, f.name)) for f in dataclasses.fields(batch)[:-1]}
+    given = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)[:-1]}
+    own = {name: put(value) for name, value in given.items() if value is not None}
     return Batch(**own, media=batch.media)
 
 
@@ -146,6 +148,38 @@ def test_what_each_device_adds_is_added_once() -> None:
     params = jax.tree.map(lambda x: x + 0.02, params)  # biases begin at zero
     text = "expert=2,context=2,tensor=2"
     require_equal(BIASED, text, params, batch, run(BIASED, params, batch))
+
+
+@pytest.mark.parametrize("text", ["fsdp=2,tensor=2,data=2", "expert=4,tensor=2", "context=2"])
+def test_what_an_index_and_negatives_do_is_the_same_on_a_mesh(text: str) -> None:
+    kinds = {kind.letter: kind for kind in CONFIG.kinds}
+    index = IndexConfig(block=4, landmarks=2, dim=4, hidden=8, local=1, select=2)
+    kinds["G"] = dataclasses.replace(kinds["G"], attention="indexed", index=index, rope_theta=0.0)
+    config = dataclasses.replace(CONFIG, kinds=tuple(kinds.values()), encoders=())
+    params = init_params(config, jax.random.key(0))
+    batch = make_batch()
+    documents = np.arange(8, dtype=np.int32)[:, None] * 100 + batch.segments
+    batch = dataclasses.replace(batch, media={}, documents=np.where(batch.segments, documents, 0))
+    batch = jax.tree.map(jax.numpy.asarray, batch)
+    negatives = 0 if "context" in text else 2
+
+    def objective(params: Any, batch: Batch) -> Any:
+        hidden, summary = forward(params, config, batch, negatives=negatives, learn_index=True)
+        index = summary["index"]
+        return (hidden**2).mean() + index["index_loss"], (hidden, index)
+
+    step = jax.jit(jax.value_and_grad(objective, has_aux=True))
+    (_, outputs), gradients = step(params, batch)
+    mesh = make_mesh(parse_mesh(text))
+    with jax.set_mesh(mesh):
+        cut = jax.device_put(params, param_shardings(config, mesh))
+        (_, got_outputs), got_gradients = step(cut, spread(batch, mesh))
+    for got, want in zip(jax.tree.leaves(got_outputs), jax.tree.leaves(outputs), strict=True):
+        np.testing.assert_allclose(got, want, **OUTPUT)
+    wanted = flatten(gradients)
+    for path, got in flatten(got_gradients).items():
+        atol = 2e-5 * np.abs(wanted[path]).max() + 1e-6
+        np.testing.assert_allclose(got, wanted[path], rtol=1e-3, atol=atol, err_msg=path)
 
 
 @pytest.mark.parametrize(

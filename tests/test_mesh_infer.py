@@ -22,12 +22,14 @@ from gemtool.data.settings import MediaSettings
 from gemtool.data.vocab import Vocab
 from gemtool.errors import UsageError
 from gemtool.infer import engine as engines
-from gemtool.infer.engine import Engine, Sequence, abstract_sequence
+from gemtool.infer.engine import Engine, Sequence
 from gemtool.infer.pieces import Piece, Tile
 from gemtool.infer.sampling import Sampling
+from gemtool.infer.steps import abstract_sequence, scored_step
 from gemtool.kernels.attention import flash_attention
 from gemtool.model import buffers
 from gemtool.model.config import ModelConfig
+from gemtool.model.kinds import IndexConfig
 from gemtool.model.mesh import make_mesh, open_mesh, param_shardings, parse_mesh
 from gemtool.model.params import abstract_params, init_params
 from gemtool.stream.spans import Span
@@ -63,6 +65,20 @@ CONFIG = ModelConfig.from_dict(
     }
 )  # fmt: skip
 
+# The same with an index that leaves out most of what there is.
+_GLOBAL = CONFIG.kinds[1]
+INDEXED = dataclasses.replace(
+    CONFIG,
+    kinds=(
+        CONFIG.kinds[0],
+        dataclasses.replace(
+            _GLOBAL,
+            attention="indexed",
+            index=IndexConfig(block=8, landmarks=2, dim=4, hidden=8, local=1, select=3, sticky=2),
+        ),
+        CONFIG.kinds[2],
+    ),
+)
 TILE = 56
 PROMPTS = tuple(np.random.default_rng(5).integers(64, 96, n).astype(np.int32) for n in (9, 40))
 MESHES = [
@@ -91,11 +107,11 @@ def small() -> Iterator[None]:
         jax.config.update("jax_disable_most_optimizations", before)
 
 
-def make_engine(mesh: str | None) -> Engine:
-    params = jax.tree.map(np.asarray, init_params(CONFIG, jax.random.key(0)))
+def make_engine(mesh: str | None, config: ModelConfig = CONFIG) -> Engine:
+    params = jax.tree.map(np.asarray, init_params(config, jax.random.key(0)))
     params = jax.tree.map(lambda x: x + np.float32(0.01), params)  # sinks begin at zero
-    checkpoint: Any = SimpleNamespace(config=CONFIG, vocab=None, load_params=lambda: params)
-    return Engine(checkpoint, TILE, open_mesh(mesh, CONFIG))
+    checkpoint: Any = SimpleNamespace(config=config, vocab=None, load_params=lambda: params)
+    return Engine(checkpoint, TILE, open_mesh(mesh, config))
 
 
 def document() -> list[Span]:
@@ -152,8 +168,30 @@ def alone() -> tuple[Engine, Sequence, list[list[Any]]]:
 def test_a_mesh_gives_what_one_device_gives(
     text: str, alone: tuple[Engine, Sequence, list[list[Any]]]
 ) -> None:
+    require_same_on_a_mesh(text, alone)
+
+
+@pytest.fixture(scope="module")
+def indexed_alone() -> tuple[Engine, Sequence, list[list[Any]]]:
+    engine = make_engine(None, INDEXED)
+    context = engine.prefill(document())
+    return engine, context, answers(engine, context)
+
+
+@pytest.mark.parametrize("text", ["context=8", "context=2,tensor=4", "fsdp=2,expert=2,context=2"])
+def test_a_mesh_chooses_what_one_device_chooses(
+    text: str,
+    alone: tuple[Engine, Sequence, list[list[Any]]],
+    indexed_alone: tuple[Engine, Sequence, list[list[Any]]],
+) -> None:
+    require_same_on_a_mesh(text, indexed_alone)
+    dense, chosen = (np.asarray(found[2][1][0].logits) for found in (alone, indexed_alone))
+    assert np.abs(dense - chosen).max() > 1e-3  # something is left out
+
+
+def require_same_on_a_mesh(text: str, alone: tuple[Engine, Sequence, list[list[Any]]]) -> None:
     one, context, expected = alone
-    engine = make_engine(text)
+    engine = make_engine(text, one.config)
     spread = engine.prefill(document())
     assert spread.length == context.length == 130
     np.testing.assert_allclose(spread.logits, context.logits, **CLOSE)
@@ -183,7 +221,7 @@ def test_keys_are_spread_and_stay_where_they_are(
     sequence.run(tile, TILE)
     sequence.reserve(256)  # grows
     for _ in range(2):
-        buffers_ = [x for pair in sequence._taken() for x in pair]
+        buffers_ = [x for own in sequence._taken() for x in own.values()]
         assert [x.shape for x in buffers_] == [shape] * 2
         assert [x.addressable_shards[0].data.shape for x in buffers_] == [share] * 2
         sequence.run(tile, TILE)
@@ -241,9 +279,12 @@ def test_attention_to_a_buffer(text: str, kv_heads: int, steps: int) -> None:
 
 
 @pytest.mark.parametrize(("text", "steps"), [("context=4,tensor=2", 64), ("context=2,tensor=4", 1)])
-def test_a_step_neither_sends_nor_copies_buffers(text: str, steps: int) -> None:
+@pytest.mark.parametrize("config", [CONFIG, INDEXED], ids=["full", "indexed"])
+def test_a_step_neither_sends_nor_copies_buffers(
+    text: str, steps: int, config: ModelConfig
+) -> None:
     mesh, capacity = make_mesh(parse_mesh(text)), 1 << 16
-    config = dataclasses.replace(CONFIG, kv_dtype="float16")
+    config = dataclasses.replace(config, kv_dtype="float16")
     state = abstract_sequence(config, capacity, mesh)
     params = jax.tree.map(
         lambda x, where: x.update(sharding=where),
@@ -252,12 +293,17 @@ def test_a_step_neither_sends_nor_copies_buffers(text: str, steps: int) -> None:
     )
     tokens, valid = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((steps,), ()))
     with jax.set_mesh(mesh):
-        step = engines.scored_step.lower(params, config, tokens, None, valid, *state).compile()
-    arrays = [x for pair in state[0] for x in pair]
-    share = [math.prod(x.sharding.shard_shape(x.shape)) for x in arrays]
+        step = scored_step.lower(params, config, tokens, None, valid, *state).compile()
+    shares = [
+        {name: math.prod(x.sharding.shard_shape(x.shape)) for name, x in own.items()}
+        for own in state[0]
+    ]
+    share = [own[name] for own in shares for name in "kv"]
+    landmarks = sum(own.get("landmarks", 0) for own in shares)
     memory = step.memory_analysis()
-    assert memory.alias_size_in_bytes == 2 * sum(share)
-    assert memory.temp_size_in_bytes < 2 * min(share)
+    assert memory.alias_size_in_bytes == 2 * sum(share) + 4 * landmarks
+    # Of scores of a group of queries there are as many as of landmarks at most, and their maxima.
+    assert memory.temp_size_in_bytes < 2 * min(share) + 3 * landmarks * steps
     sent = re.findall(
         r"= (.*) (?:all-gather|all-reduce|all-to-all|collective-permute)(?:-start)?\(",
         step.as_text(),

@@ -338,7 +338,8 @@ def test_recall_layer_points_at_what_followed_before_training() -> None:
     p = params.init_params(config, jax.random.key(0))["layers"]["0"]["attention"]
     x = jax.random.normal(jax.random.key(1), (1, 60, 32))
     x = x.at[:, 50:58].set(x[:, 10:18])  # the phrase 10..17 again at 50..57: 58 should find 18
-    q, k, _ = attention._project(p, config, kind, jnp.pad(x, ((0, 0), (4, 0), (0, 0))))
+    sources = attention._sources(p, kind, jnp.pad(x, ((0, 0), (4, 0), (0, 0))))
+    q, k, _ = attention._project(p, config, kind, sources)
     scores = jnp.einsum("hd,sd->hs", q[0, 57], k[0, :58, 0])
     assert int(jnp.argmax(scores)) == 18
 

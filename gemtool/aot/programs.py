@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from gemtool.aot.topology import Topology
-from gemtool.infer import engine
+from gemtool.infer.steps import abstract_sequence, kv_step, scored_step
 from gemtool.kernels.dispatch import compiling_for
 from gemtool.model.batch import Batch
 from gemtool.model.config import ModelConfig
@@ -115,7 +115,7 @@ def prefill_program(
     """
     chunk = min(chunk, length)
     lowered = _step(config, topology, sizes, dtype, length, chunk, scored=False)
-    needed = forward_flops(config, chunk, start=length - chunk)
+    needed = forward_flops(config, chunk, start=length - chunk, chosen=True)
     return Program("prefill chunk", lowered, chunk, needed)
 
 
@@ -128,7 +128,9 @@ def decode_program(
         UsageError: the mesh does not fit the chips or the model.
     """
     lowered = _step(config, topology, sizes, dtype, length, 1, scored=True)
-    return Program("decode token", lowered, 1, forward_flops(config, 1, start=length, scored=1))
+    return Program(
+        "decode token", lowered, 1, forward_flops(config, 1, start=length, scored=1, chosen=True)
+    )
 
 
 def _step(
@@ -147,10 +149,10 @@ def _step(
     params = jax.tree.map(
         lambda x, where: x.update(sharding=where), params, param_shardings(config, mesh)
     )
-    buffers, state = engine.abstract_sequence(config, length + steps, mesh)
+    buffers, state = abstract_sequence(config, length + steps, mesh)
     everywhere = NamedSharding(mesh, PartitionSpec())
     tokens = jax.ShapeDtypeStruct((steps,), jnp.int32, sharding=everywhere)
     valid = jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere)
-    program = engine.scored_step if scored else engine.kv_step
+    program = scored_step if scored else kv_step
     with jax.set_mesh(mesh), compiling_for("tpu"):
         return program.lower(params, config, tokens, None, valid, buffers, state)

@@ -16,12 +16,10 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -30,15 +28,24 @@ from gemtool.control import END_TURN, EOD
 from gemtool.errors import GemtoolError
 from gemtool.infer.pieces import Piece, Tile, pieces_of, soft_positions, tiles_of
 from gemtool.infer.sampling import Sampling, best, log_softmax, sample
+from gemtool.infer.steps import (
+    Buffers,
+    abstract_sequence,
+    encode,
+    grown,
+    join,
+    kv_step,
+    read_block,
+    scored_step,
+)
 from gemtool.infer.text import Prompt, TextStream
 from gemtool.model import transformer
-from gemtool.model.attention import LayerCache
-from gemtool.model.buffers import buffer_capacity, grow, read_rows
-from gemtool.model.cache import Cache, abstract_cache, constrain_cache, full_layers, state_arrays
+from gemtool.model.buffers import buffer_capacity
+from gemtool.model.cache import Cache, full_layers, map_state, state_arrays
 from gemtool.model.config import ModelConfig
 from gemtool.model.execution import suitable
 from gemtool.model.mesh import param_shardings
-from gemtool.model.params import Tree, in_dtype
+from gemtool.model.params import in_dtype
 from gemtool.stream.context import BLOCK, ContextHeader
 from gemtool.stream.spans import Span
 
@@ -48,94 +55,6 @@ EXPERT_ROWS = 128
 """That an expert wants of a chunk: shorter matmuls are slow."""
 PROMPT_TILE = 64
 """Positions of a short prompt's tile."""
-
-Buffers = tuple[tuple[jax.Array, jax.Array], ...]
-"""Keys and values of each full-attention layer, as `gemtool.model.buffers` has them."""
-
-
-def abstract_sequence(
-    config: ModelConfig, capacity: int, mesh: Mesh | None = None
-) -> tuple[Buffers, Cache]:
-    """Shapes, dtypes and on a mesh shardings of the buffers and the state of a sequence with room for
-    `capacity` positions: what `scored_step` can be lowered with."""
-    return _split(config, abstract_cache(config, 1, capacity, mesh))
-
-
-def _join(config: ModelConfig, buffers: Buffers, state: Cache) -> Cache:
-    layers = list(state.layers)
-    for index, (k, v) in zip(full_layers(config), buffers, strict=True):
-        layers[index] = replace(layers[index], k=k, v=v)
-    return Cache(state.length, tuple(layers))
-
-
-def _split(config: ModelConfig, cache: Cache) -> tuple[Buffers, Cache]:
-    """The parts of a cache that are donated, and the small ones, which stay valid."""
-    layers, buffers = list(cache.layers), []
-    for index in full_layers(config):
-        buffers.append((layers[index].k, layers[index].v))
-        layers[index] = replace(layers[index], k=None, v=None)  # type: ignore[arg-type]
-    return tuple(buffers), Cache(cache.length, tuple(layers))
-
-
-def _embedded(
-    params: Tree, config: ModelConfig, tokens: jax.Array, soft: tuple[jax.Array, jax.Array] | None
-) -> jax.Array:
-    x = transformer.embed(params, config, tokens[None, :])
-    if soft is not None:
-        vectors, present = soft
-        x = jnp.where(present[None, :, None], vectors[None].astype(x.dtype), x)
-    return x
-
-
-@partial(jax.jit, static_argnames="config", donate_argnames="buffers")
-def scored_step(
-    params: Tree,
-    config: ModelConfig,
-    tokens: jax.Array,
-    soft: tuple[jax.Array, jax.Array] | None,
-    valid: jax.Array,
-    buffers: Buffers,
-    state: Cache,
-) -> tuple[jax.Array, Buffers, Cache]:
-    """Runs tokens int32 [T], the first `valid` of them real; scores [V] after the last real one."""
-    x = _embedded(params, config, tokens, soft)
-    hidden, cache = transformer.step(params, config, x, _join(config, buffers, state), valid)
-    last = jax.lax.dynamic_index_in_dim(hidden[0], valid - 1, axis=0, keepdims=False)
-    return transformer.logits(params, config, last), *_split(config, constrain_cache(config, cache))
-
-
-@partial(jax.jit, static_argnames="config", donate_argnames="buffers")
-def kv_step(
-    params: Tree,
-    config: ModelConfig,
-    tokens: jax.Array,
-    soft: tuple[jax.Array, jax.Array] | None,
-    valid: jax.Array,
-    buffers: Buffers,
-    state: Cache,
-) -> tuple[Buffers, Cache]:
-    """The part of `scored_step` that far later positions can see."""
-    x = _embedded(params, config, tokens, soft)
-    cache = transformer.step_kv(params, config, x, _join(config, buffers, state), valid)
-    return _split(config, constrain_cache(config, cache))
-
-
-@partial(jax.jit, static_argnames=("config", "kind"))
-def _encode(
-    params: Tree, config: ModelConfig, kind: str, values: jax.Array, rows: jax.Array
-) -> jax.Array:
-    return transformer.encode_media(params, config, kind, values, rows).astype(jnp.float32)
-
-
-@partial(jax.jit, static_argnames="size")
-def _rows(buffers: Buffers, start: jax.Array, size: int) -> Buffers:
-    """Rows `start` to `start + size` of all buffers."""
-    return jax.tree.map(lambda buffer: read_rows(buffer, start, size), buffers)
-
-
-@partial(jax.jit, static_argnames="capacity")
-def _grown(buffers: Buffers, capacity: int) -> Buffers:
-    return jax.tree.map(lambda buffer: grow(buffer, capacity), buffers)
 
 
 def default_chunk(config: ModelConfig) -> int:
@@ -202,9 +121,9 @@ class Sequence:
     def reserve(self, length: int) -> None:
         """Makes room for `length` positions in all."""
         buffers = self._taken()
-        if buffers and min(buffer_capacity(k) for k, _ in buffers) < length:
+        if buffers and min(buffer_capacity(own["k"]) for own in buffers) < length:
             with self._engine.on_mesh():
-                buffers = _grown(buffers, capacity_for(length))
+                buffers = grown(self._engine.config, buffers, capacity_for(length))
         self._buffers = buffers
 
     @contextlib.contextmanager
@@ -240,22 +159,29 @@ class Sequence:
     # For context files
 
     def block(self, start: int, stop: int) -> dict[str, np.ndarray]:
-        """Keys and values of positions of one block: "layers/2/k" [1, stop - start, N, K].
+        """What grows with the context, of the positions of one block of its file: "layers/2/k"
+        [1, stop - start, N, K], and "layers/2/landmarks" [1, M, I, J] of the index's whole blocks.
 
         `start` is a multiple of BLOCK, `stop - start` at most BLOCK.
         """
+        config = self._engine.config
         with self._engine.on_mesh():
-            rows = _rows(self._taken(), np.int32(start), BLOCK)
+            found = read_block(config, self._taken(), np.int32(start), BLOCK)
         arrays = {}
-        for index, pair in zip(full_layers(self._engine.config), rows, strict=True):
-            for name, array in zip("kv", pair, strict=True):
-                arrays[f"layers/{index}/{name}"] = np.asarray(array)[:, : stop - start]
+        for at, own in zip(full_layers(config), found, strict=True):
+            index = config.layer_kinds[at].index
+            for name in "kv":
+                arrays[f"layers/{at}/{name}"] = np.asarray(own[name])[:, : stop - start]
+            if index is not None:
+                whole = (stop - start) // index.block
+                landmarks = np.asarray(own["landmarks"])
+                arrays[f"layers/{at}/landmarks"] = landmarks[..., :whole]
         return arrays
 
     def state(self) -> dict[str, np.ndarray]:
         """What the next position needs besides blocks, the length aside: "layers/0/tail"."""
         config = self._engine.config
-        arrays = state_arrays(config, _join(config, self._taken(), self._state))
+        arrays = state_arrays(config, join(config, self._taken(), self._state))
         del arrays["length"]
         return arrays
 
@@ -342,6 +268,7 @@ class Engine:
                 "window": kind.window,
                 "conv_tail": kind.conv_tail,
             }
+            | ({} if kind.index is None else {"index": asdict(kind.index)})
             for kind in self.config.layer_kinds
         )
         vocab = {"fingerprint": self.vocab.fingerprint, "size": self.vocab.size}
@@ -364,25 +291,16 @@ class Engine:
         """A sequence from what `Sequence.block` and `Sequence.state` gave."""
         capacity = capacity_for(length + 2 * PROMPT_TILE)
         empty, like = abstract_sequence(self.config, capacity, self.mesh)
-        full = full_layers(self.config)
-        layers: list[LayerCache] = []
-        buffers: list[tuple[jax.Array, jax.Array]] = []
-        for index, layer in enumerate(like.layers):
-            paths = {name: f"layers/{index}/{name}" for name in ("k", "v", "tail")}
-            tail = _put(np.array(state[paths["tail"]]), layer.tail)
-            if index in full:
-                k, v = (
-                    _filled([block[paths[name]] for block in blocks], array)
-                    for name, array in zip("kv", empty[len(buffers)], strict=True)
-                )
-                buffers.append((k, v))
-                layers.append(LayerCache(None, None, tail))  # type: ignore[arg-type]
-            else:
-                k = _put(np.array(state[paths["k"]]), layer.k)
-                v = _put(np.array(state[paths["v"]]), layer.v)
-                layers.append(LayerCache(k, v, tail))
-        cache = Cache(self.put(np.int32(length)), tuple(layers))
-        sequence = Sequence(self, tuple(buffers), cache, length)
+        buffers = tuple(
+            {
+                name: _filled([block[f"layers/{at}/{name}"] for block in blocks], name, shape)
+                for name, shape in shapes.items()
+            }
+            for at, shapes in zip(full_layers(self.config), empty, strict=True)
+        )
+        given = {"length": np.int32(length), **state}
+        cache = map_state(self.config, like, lambda path, x: _put(np.array(given[path]), x))
+        sequence = Sequence(self, buffers, cache, length)
         sequence._logits = np.array(logits)
         return sequence
 
@@ -397,10 +315,12 @@ class Engine:
         return length + self.tile_size(min(length, self.chunk))
 
     def row_bytes(self) -> int:
-        """Size of a position's keys and values."""
-        kinds = self.config.layer_kinds
-        values = sum(2 * kinds[i].kv_heads * kinds[i].head_dim for i in full_layers(self.config))
-        return values * np.dtype(self.config.kv_dtype).itemsize
+        """Size of a position's keys and values, and of its share of landmarks."""
+        kinds = [self.config.layer_kinds[i] for i in full_layers(self.config)]
+        values = sum(2 * kind.kv_heads * kind.head_dim for kind in kinds)
+        found = [kind.index for kind in kinds if kind.index is not None]
+        landmarks = sum(4 * index.landmarks * index.dim // index.block for index in found)
+        return values * np.dtype(self.config.kv_dtype).itemsize + landmarks
 
     def state_bytes(self) -> int:
         """Size of a state in a context file."""
@@ -410,7 +330,7 @@ class Engine:
         """Soft tokens float32 [N, P, D] of raw features [N, P, F], of which the first `rows`
         int32 [N] of each group are real."""
         with self.on_mesh():
-            soft = _encode(self.params, self.config, kind, values, rows)
+            soft = encode(self.params, self.config, kind, values, rows)
         return np.asarray(soft, np.float32)
 
     def tiles(self, pieces: Iterable[Piece], boundary: int | None = None) -> Iterator[Tile]:
@@ -558,12 +478,16 @@ def _put(x: np.ndarray, like: Any) -> jax.Array:
     return jax.device_put(x, like.sharding)
 
 
-def _filled(blocks: list[np.ndarray], like: Any) -> jax.Array:
-    """A buffer as `like` that begins with these rows [1, n, N, K]."""
+def _filled(blocks: list[np.ndarray], name: str, like: Any) -> jax.Array:
+    """A buffer as `like` that begins with these keys or values [1, n, N, K], or landmarks
+    [1, M, I, n]."""
     buffer = np.zeros(like.shape, like.dtype)
-    rows = buffer.reshape(1, -1, *buffer.shape[-2:])
+    axis, rows = 3, buffer
+    if name != "landmarks":
+        axis, rows = 1, buffer.reshape(1, -1, *buffer.shape[-2:])
     at = 0
     for block in blocks:
-        rows[:, at : at + block.shape[1]] = block
-        at += block.shape[1]
+        count = block.shape[axis]
+        rows[(slice(None),) * axis + (slice(at, at + count),)] = block
+        at += count
     return _put(buffer, like)

@@ -11,6 +11,9 @@ For the normed hidden rows x of one document, and for each query head with its k
 With `key_shift` = 1 and W_q = W_k, the query after "...ABC" matches the key of whatever token
 followed an earlier "...ABC" and returns that token's value: recall in a single layer.
 
+An indexed layer is trained so. In a step its queries see the positions of some blocks only: their own,
+a few before it, and those that an index chooses (index.py). Where that is all blocks, it is the same.
+
 A step over new rows needs little of the past: `conv_tail` rows of x, and the keys and values within
 reach. Windows and chunks cache keys *before* rotation and rotate relative to the step, since float32
 angles of absolute positions lose their meaning at millions of tokens.
@@ -28,11 +31,19 @@ import jax
 import jax.numpy as jnp
 
 from gemtool.kernels.attention import chunk_segments
-from gemtool.model.buffers import buffer_attention, write_rows
+from gemtool.model import index
+from gemtool.model.batch import Batch
+from gemtool.model.buffers import (
+    buffer_attention,
+    buffer_block_attention,
+    buffer_capacity,
+    write_rows,
+)
 from gemtool.model.config import LayerKind, ModelConfig
+from gemtool.model.kinds import IndexConfig
 from gemtool.model.layers import norm, plain_rms_norm, round_to, unit_norm
 from gemtool.model.mesh import constrain
-from gemtool.model.parallel import cached_attention, packed_attention
+from gemtool.model.parallel import Others, cached_attention, chosen_blocks, packed_attention
 from gemtool.model.params import Tree
 from gemtool.model.rope import rotary
 
@@ -47,12 +58,17 @@ class LayerCache:
                   last row newest.
     `tail`        float32 [B, conv_tail, D], the last normed hidden rows, newest last; zeros before
                   the beginning.
+    `index`       of an indexed layer, else None.
     """
 
     k: jax.Array
     v: jax.Array
     tail: jax.Array
+    index: index.IndexCache | None = None
 
+
+Sources = tuple[jax.Array, jax.Array, jax.Array]
+"""Rows [B, T, D] that queries, keys and values are made from."""
 
 Extended = tuple[jax.Array, jax.Array, jax.Array, dict[str, Any], LayerCache]
 """Queries, the keys and values that they attend to, which of those they see (options of the kernel),
@@ -64,17 +80,27 @@ def attend_packed(
     config: ModelConfig,
     kind: LayerKind,
     x: jax.Array,
-    positions: jax.Array,
-    segments: jax.Array,
-) -> jax.Array:
+    batch: Batch,
+    *,
+    negatives: int = 0,
+    learn_index: bool = False,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Attention over whole packed sequences, never across segments.
 
-    `x` [B, T, D] normed; `positions`, `segments` int32 [B, T] -> [B, T, D].
+    With `negatives`, queries of an unbounded layer without positions also see the keys of so many
+    other sequences of the batch, those of parts of their own sequence's documents excepted: what they
+    look for is to be told from more than one sequence holds.
+
+    `x` [B, T, D] normed, of the tokens of `batch` -> [B, T, D], and what `index.objective` says of an
+    indexed layer if `learn_index`, else {}.
     """
+    segments, positions = batch.segments, batch.positions
     before = ((0, 0), (kind.conv_tail, 0))
     rows = jnp.pad(x, (*before, (0, 0)))
-    q, k, v = _project(p, config, kind, rows, jnp.pad(segments, before, constant_values=-1))
-    q, k = _sharpened(kind, _rotated(kind, q, positions), positions), _rotated(kind, k, positions)
+    sources = _sources(p, kind, rows, jnp.pad(segments, before, constant_values=-1))
+    q, k, v = _project(p, config, kind, sources)
+    turned, k = _rotated(kind, q, positions), _rotated(kind, k, positions)
+    q = _sharpened(kind, turned, positions)
     if not kind.bounded:
         k = round_to(k, config.kv_dtype)
     visible = segments
@@ -82,7 +108,34 @@ def attend_packed(
         visible = chunk_segments(positions, segments, kind.window)
     # A chunk is a window too: how far back keys are wanted.
     window = kind.window if kind.bounded else None
-    return _attend(p, kind, (q, k, v), packed_attention, segments=visible, window=window)
+    others = None
+    if negatives and not kind.bounded and not kind.rope_theta:
+        others = _others(k, v, batch, negatives)
+    out = _attend(
+        p, kind, (q, k, v), packed_attention, segments=visible, window=window, others=others
+    )
+    if not (learn_index and kind.index):
+        return out, {}
+    documents = segments if batch.documents is None else batch.documents
+    far = _sharpened(kind, turned, jnp.full((1, 1), kind.index.horizon, jnp.int32))
+    return out, index.objective(
+        p["index"], kind, sources[:2], (far, k), p.get("sink"), segments, documents
+    )
+
+
+def _others(k: jax.Array, v: jax.Array, batch: Batch, count: int) -> Others:
+    """Keys and values of the `count` sequences before each of a batch, and which of them it sees."""
+    documents, present = batch.documents, batch.segments > 0
+    if documents is None:
+        raise ValueError("negatives: the batch does not say which documents it is of")
+
+    def rolled(x: jax.Array) -> jax.Array:
+        return jnp.concatenate([jnp.roll(x, by, axis=0) for by in range(1, count + 1)], axis=1)
+
+    theirs = rolled(documents)  # [B, count * T]
+    own = (theirs[:, :, None] == documents[:, None, :]).any(axis=2)
+    visible = (rolled(present) & ~own).astype(jnp.int32)
+    return Others(rolled(k), rolled(v), present.astype(jnp.int32), visible)
 
 
 def attend_cached(
@@ -100,9 +153,12 @@ def attend_cached(
     of the T are real. Returns [B, T, D], of which rows from `valid` on mean nothing, and the cache
     with the real rows added.
     """
-    extend, kernel = (
-        (_extend_bounded, cached_attention) if kind.bounded else (_extend_full, buffer_attention)
-    )
+    extend = _extend_bounded if kind.bounded else _extend_full
+    kernels: dict[str, Callable[..., jax.Array]] = {
+        "full": buffer_attention,
+        "indexed": buffer_block_attention,
+    }
+    kernel = kernels.get(kind.attention, cached_attention)
     q, k, v, attended, cache = extend(p, config, kind, x, cache, length, valid)
     return _attend(p, kind, (q, k, v), kernel, **attended), cache
 
@@ -130,13 +186,15 @@ def _extend_full(
     length: jax.Array,
     valid: jax.Array,
 ) -> Extended:
-    """New keys and values into the free rows of the buffer; queries see all rows before them.
+    """New keys and values into the free rows of the buffer; queries see all rows before them, or of
+    those the blocks that an index chooses.
 
     Rows beyond `valid` are written too (a fixed shape costs nothing) and overwritten by the next
     step; causality hides them until then.
     """
     rows = _after(cache.tail.astype(x.dtype), x)
-    q, k, v = _project(p, config, kind, rows)
+    sources = _sources(p, kind, rows)
+    q, k, v = _project(p, config, kind, sources)
     positions = (length + jnp.arange(x.shape[1], dtype=jnp.int32))[None, :]
     q, k = _sharpened(kind, _rotated(kind, q, positions), positions), _rotated(kind, k, positions)
     k = round_to(k, config.kv_dtype).astype(cache.k.dtype)
@@ -145,8 +203,42 @@ def _extend_full(
         k=write_rows(cache.k, k, length),
         v=write_rows(cache.v, v, length),
         tail=_tail(kind, rows, valid).astype(cache.tail.dtype),
+        index=cache.index,
     )
-    return q, cache.k, cache.v, {"new": (k, v), "length": length}, cache
+    if kind.index is None:
+        return q, cache.k, cache.v, {"new": (k, v), "length": length}, cache
+    cache, blocks = _extend_index(p["index"], kind.index, sources, cache, positions[0], valid)
+    attended = {"blocks": blocks, "block": kind.index.block, "length": length}
+    return q, cache.k, cache.v, attended, cache
+
+
+def _extend_index(
+    p: Tree,
+    config: IndexConfig,
+    sources: Sources,
+    cache: LayerCache,
+    positions: jax.Array,
+    valid: jax.Array,
+) -> tuple[LayerCache, jax.Array]:
+    """The cache with the index of new positions int32 [T], and the blocks int32 [B, T, C] that their
+    queries attend to."""
+    past = cache.index
+    assert past is not None
+    queries, keys = index.query_vectors(p, sources[0]), index.key_vectors(p, sources[1])
+    queries, keys = (constrain(x, None, None, None) for x in (queries, keys))
+    now = index.extend(config, past, keys, queries, positions[0], valid)
+    chosen = chosen_blocks(
+        jnp.concatenate([past.queries, queries], axis=1),
+        now.landmarks,
+        candidates=index.candidates(config, positions),
+        width=index.width(config, positions),
+        most=config.most(buffer_capacity(cache.k)),
+        sticky=config.sticky,
+    )
+    local = index.local_blocks(config, positions)
+    local = jnp.broadcast_to(local[None], (*chosen.shape[:2], local.shape[1]))
+    cache = dataclasses.replace(cache, index=now)
+    return cache, jnp.concatenate([local, chosen], axis=2)
 
 
 def _extend_bounded(
@@ -162,7 +254,7 @@ def _extend_bounded(
     the step."""
     steps, window = x.shape[1], kind.window
     rows = _after(cache.tail.astype(x.dtype), x)
-    q, k, v = _project(p, config, kind, rows)
+    q, k, v = _project(p, config, kind, _sources(p, kind, rows))
     k = _after(cache.k, k.astype(cache.k.dtype), "kv_heads", None)
     v = _after(cache.v, v.astype(cache.v.dtype), "kv_heads", None)
     cache = LayerCache(
@@ -228,18 +320,13 @@ def _attend(
     return y + p["o_bias"][None, None, :] if kind.out_bias else y
 
 
-def _project(
-    p: Tree,
-    config: ModelConfig,
-    kind: LayerKind,
-    rows: jax.Array,
-    segments: jax.Array | None = None,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Queries [B, T, H, K], keys and values [B, T, N, K] of the last T of `rows`, unrotated.
+def _sources(
+    p: Tree, kind: LayerKind, rows: jax.Array, segments: jax.Array | None = None
+) -> Sources:
+    """What queries, keys and values of the last T of `rows` are made from, [B, T, D] each.
 
     `rows` [B, conv_tail + T, D] begin with the rows that convolution and shift look back to;
-    `segments` int32 [B, conv_tail + T] keep them from looking into another document. Values, and
-    keys that are cached unrotated, come rounded for the cache.
+    `segments` int32 [B, conv_tail + T] keep them from looking into another document.
     """
     steps = rows.shape[1] - kind.conv_tail
     mixed = _convolve(p["conv"], rows, segments) if kind.qk_conv > 1 else rows
@@ -249,6 +336,17 @@ def _project(
         for_k = jnp.where(same[:, :, None], for_k, 0.0)
     if segments is None:
         for_q, for_k, for_v = (_cut(x) for x in (for_q, for_k, for_v))
+    return for_q, for_k, for_v
+
+
+def _project(
+    p: Tree, config: ModelConfig, kind: LayerKind, sources: Sources
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Queries [B, T, H, K], keys and values [B, T, N, K] of their sources, unrotated.
+
+    Values, and keys that are cached unrotated, come rounded for the cache.
+    """
+    for_q, for_k, for_v = sources
     q = jnp.einsum("btd,dhk->bthk", for_q, p["q"])
     k = jnp.einsum("btd,dnk->btnk", for_k, p["k"])
     v = jnp.einsum("btd,dnk->btnk", for_v, p["v"])

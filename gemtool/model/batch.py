@@ -38,6 +38,9 @@ class Batch:
     `targets`      int32, the next token.
     `weights`      float32, weight of that target in the loss; 0 where the next token is another
                    document's.
+    `documents`    int32, a number made from the id of the document of a position, never 0; 0 where
+                   there is padding. Alike in two rows that hold parts of one document. None where
+                   nobody asks: only negatives do (see `transformer.forward`).
     `media`        `MediaGroups` by encoder ("visual", "audio").
     """
 
@@ -46,4 +49,5 @@ class Batch:
     positions: Array
     targets: Array
     weights: Array
+    documents: Array | None = dataclasses.field(default=None, kw_only=True)
     media: dict[str, MediaGroups] = dataclasses.field(default_factory=dict)

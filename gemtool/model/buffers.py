@@ -27,6 +27,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec
 
 from gemtool.kernels.attention import flash_attention, merge_attention, partial_attention
+from gemtool.kernels.blocks import block_attention, partial_block_attention
 from gemtool.kernels.dispatch import accumulator, target_platform
 from gemtool.model.mesh import (
     RULES,
@@ -198,6 +199,67 @@ def buffer_attention(
         out_specs=queries,
         check_vma=False,
     )(q, k, v, new, length, sink)
+
+
+def buffer_block_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    blocks: jax.Array,
+    block: int,
+    length: jax.Array,
+    sink: jax.Array | None,
+    **options: Any,
+) -> jax.Array:
+    """Attention of T new positions to some blocks of all positions, causal.
+
+    On a mesh each device attends to those of the blocks that it holds, and what they find is merged.
+
+    Args:
+        q: [B, T, H, K].
+        k: buffer of keys, the new ones included.
+        v: of values.
+        blocks: int32 [B, T, C], numbers of blocks, -1 for none.
+        block: positions of a block.
+        length: int32 [], positions before the new ones.
+        sink: [H] or None.
+        options: those of `partial_block_attention`.
+
+    Returns:
+        [B, T, H, K].
+    """
+    mesh = current_mesh()
+    options = {**options, "block": block}
+    if mesh is None:
+        return block_attention(q, k, v, blocks, q_start=length, sink=sink, **options)
+    spec = _spec(k, mesh)
+    heads = partition(("heads",), q.shape[2:3], mesh) if spec[3] else PartitionSpec(None)
+    queries = PartitionSpec(None, None, *heads, None)
+
+    def local(
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        blocks: jax.Array,
+        length: jax.Array,
+        sink: jax.Array | None,
+    ) -> jax.Array:
+        share = _Share.of(k, spec, mesh)
+        starts = blocks * block
+        here, place = share.places(starts)
+        held = jnp.where(here & (blocks >= 0), place // block, -1)
+        own = share.rows(k), share.rows(v)
+        part = partial_block_attention(q, *own, held, starts=starts, q_start=length, **options)
+        merged = _merged(*part, share.axes)
+        return merge_attention([merged], sink)[0].astype(q.dtype)
+
+    return jax.shard_map(
+        local,
+        in_specs=(queries, spec, spec, PartitionSpec(), PartitionSpec(), heads),
+        out_specs=queries,
+        check_vma=False,
+    )(q, k, v, blocks, length, sink)
 
 
 def _merged(out: jax.Array, lse: jax.Array, axes: tuple[str, ...]) -> tuple[jax.Array, jax.Array]:

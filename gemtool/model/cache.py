@@ -1,14 +1,15 @@
 """The cache of a model: what every layer keeps of the past.
 
-Two kinds of arrays: *blocks*, rows of the full-attention layers' keys and values, that grow with the
-context and are written once; and the *state* (windows, convolution tails, length), a few kilobytes
-that each step replaces.
+Two kinds of arrays: *blocks*, rows of the unbounded layers' keys and values and the landmarks of their
+index, that grow with the context and are written once; and the *state* (windows, convolution tails,
+what an index has not summarised yet, length), a few kilobytes that each step replaces.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -19,6 +20,7 @@ from jax.sharding import Mesh, NamedSharding
 from gemtool.model.attention import LayerCache
 from gemtool.model.buffers import Axes, buffer_axes, buffer_shape
 from gemtool.model.config import LayerKind, ModelConfig
+from gemtool.model.index import IndexCache, block_capacity
 from gemtool.model.mesh import constrain, current_mesh, partition
 
 
@@ -37,7 +39,7 @@ def abstract_cache(
     """Shapes and dtypes of a cache that can take `capacity` positions, on a mesh with shardings.
 
     Buffers are dealt over the mesh as `buffers.py` says; windows and chunks are cut by key heads where
-    the tensor axis divides these; the rest is everywhere.
+    the tensor axis divides these; the rest is everywhere, landmarks too.
     """
 
     def array(shape: Sequence[int], dtype: Any, axes: Axes) -> jax.ShapeDtypeStruct:
@@ -50,7 +52,17 @@ def abstract_cache(
         shape = (batch_size, kind.window, *size[2:]) if kind.bounded else buffer_shape(*size, mesh)
         rows = array(shape, jnp.dtype(config.kv_dtype), _axes(kind, mesh))
         tail = array((batch_size, kind.conv_tail, config.d_model), jnp.float32, (None,) * 3)
-        layers.append(LayerCache(rows, rows, tail))  # type: ignore[arg-type]
+        index = None
+        if kind.index is not None:
+            found = kind.index
+            blocks = block_capacity(found, math.prod(shape[1:-2]))
+            sizes = (
+                (batch_size, found.landmarks, found.dim, blocks),
+                (batch_size, found.block, found.dim + found.landmarks),
+                (batch_size, found.sticky - 1, found.dim),
+            )
+            index = IndexCache(*(array(size, jnp.float32, (None,) * len(size)) for size in sizes))  # type: ignore[arg-type]
+        layers.append(LayerCache(rows, rows, tail, index))  # type: ignore[arg-type]
     return Cache(array((), jnp.int32, ()), tuple(layers))  # type: ignore[arg-type]
 
 
@@ -72,7 +84,10 @@ def constrain_cache(config: ModelConfig, cache: Cache) -> Cache:
     layers = []
     for kind, layer in zip(config.layer_kinds, cache.layers, strict=True):
         k, v = (constrain(x, *_axes(kind, mesh)) for x in (layer.k, layer.v))
-        layers.append(LayerCache(k, v, constrain(layer.tail, None, None, None)))
+        tail, index = jax.tree.map(
+            lambda x: constrain(x, *(None,) * x.ndim), (layer.tail, layer.index)
+        )
+        layers.append(LayerCache(k, v, tail, index))
     return Cache(constrain(cache.length), tuple(layers))
 
 
@@ -89,12 +104,25 @@ def full_layers(config: ModelConfig) -> tuple[int, ...]:
     return tuple(index for index, kind in kinds if not kind.bounded)
 
 
-def state_arrays(config: ModelConfig, cache: Cache) -> dict[str, np.ndarray]:
-    """All but the blocks: `length`, `layers/0/k`, `layers/0/v`, `layers/0/tail`."""
-    arrays = {"length": np.asarray(cache.length)}
-    for index, (kind, layer) in enumerate(zip(config.layer_kinds, cache.layers, strict=True)):
+def map_state(config: ModelConfig, cache: Cache, change: Callable[[str, Any], Any]) -> Cache:
+    """The cache with `change(path, array)` for each array of its state: `length`, `layers/0/k`,
+    `layers/0/v`, `layers/0/tail`, and of an indexed layer `layers/2/pending`, `layers/2/queries`."""
+    layers = []
+    for at, (kind, layer) in enumerate(zip(config.layer_kinds, cache.layers, strict=True)):
+        where = f"layers/{at}/"
+        new = {"tail": change(where + "tail", layer.tail)}
         if kind.bounded:
-            arrays[f"layers/{index}/k"] = np.asarray(layer.k)
-            arrays[f"layers/{index}/v"] = np.asarray(layer.v)
-        arrays[f"layers/{index}/tail"] = np.asarray(layer.tail)
+            new |= {name: change(where + name, getattr(layer, name)) for name in "kv"}
+        if layer.index is not None:
+            parts = {"pending": layer.index.pending, "queries": layer.index.queries}
+            parts = {name: change(where + name, array) for name, array in parts.items()}
+            new["index"] = dataclasses.replace(layer.index, **parts)
+        layers.append(dataclasses.replace(layer, **new))
+    return Cache(change("length", cache.length), tuple(layers))
+
+
+def state_arrays(config: ModelConfig, cache: Cache) -> dict[str, np.ndarray]:
+    """All of a cache but its blocks, by the paths of `map_state`."""
+    arrays: dict[str, np.ndarray] = {}
+    map_state(config, cache, lambda path, x: arrays.setdefault(path, np.asarray(x)))
     return arrays

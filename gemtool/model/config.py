@@ -14,7 +14,7 @@ from importlib import resources
 from typing import Any
 
 from gemtool.errors import did_you_mean
-from gemtool.model.kinds import LayerKind, RopeScaling
+from gemtool.model.kinds import IndexConfig, LayerKind, RopeScaling
 from gemtool.model.tables import (
     ConfigError,
     build,
@@ -259,6 +259,11 @@ class ModelConfig:
         table = {kind.letter: kind for kind in self.kinds}
         return tuple(table[letter] for letter in self.layers)
 
+    @property
+    def has_index(self) -> bool:
+        """Whether any layer's attention is indexed."""
+        return any(kind.index is not None for kind in self.layer_kinds)
+
     def is_moe(self, layer: int) -> bool:
         """Whether the feed-forward part of a layer (counted from 0) is a mixture of experts."""
         behind = layer - self.dense_layers
@@ -297,6 +302,8 @@ class ModelConfig:
 
 def _layer_kind(letter: str, table: dict[str, Any], where: str) -> LayerKind:
     table = {"letter": letter, **table}
+    if table.get("index") is not None:
+        table["index"] = build(IndexConfig, table["index"], f"{where}.index")
     if table.get("rope_scaling") is not None:
         table["rope_scaling"] = build(RopeScaling, table["rope_scaling"], f"{where}.rope_scaling")
     return build(LayerKind, table, where)

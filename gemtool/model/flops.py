@@ -7,17 +7,21 @@ a machine is reckoned (arXiv 2204.02311, appendix B).
 
 from __future__ import annotations
 
+import numpy as np
+
 from gemtool.model.config import ModelConfig
-from gemtool.model.kinds import LayerKind
+from gemtool.model.kinds import IndexConfig, LayerKind
 from gemtool.model.params import ParamSpec, flatten, param_specs
 
 TRAINING = 3
 """A backward pass takes twice what a forward pass does."""
 
 
-def forward_flops(config: ModelConfig, length: int, start: int = 0, scored: int = 0) -> float:
+def forward_flops(
+    config: ModelConfig, length: int, start: int = 0, scored: int = 0, *, chosen: bool = False
+) -> float:
     """Of one sequence's `length` positions after `start`, `scored` of which get logits. Encoders of
-    media are not counted."""
+    media are not counted. With `chosen` indexed attention is what it is in inference, not dense."""
     specs = flatten(param_specs(config))
     layers = sum(
         _multiplied(config, path, spec)
@@ -25,7 +29,9 @@ def forward_flops(config: ModelConfig, length: int, start: int = 0, scored: int 
         if path.startswith("layers/")
     )
     attention = sum(
-        4 * kind.heads * kind.head_dim * visible_pairs(kind, length, start)
+        _chosen_flops(kind, kind.index, length, start)
+        if chosen and kind.index is not None
+        else 4 * kind.heads * kind.head_dim * visible_pairs(kind, length, start)
         for kind in config.layer_kinds
     )
     return 2.0 * layers * length + attention + 2.0 * scored * config.vocab_size * config.d_model
@@ -43,6 +49,17 @@ def visible_pairs(kind: LayerKind, length: int, start: int = 0) -> int:
         return reach * (reach + 1) // 2 + (stop - reach) * reach
 
     return before(start + length) - before(start)
+
+
+def _chosen_flops(kind: LayerKind, index: IndexConfig, length: int, start: int) -> float:
+    """Attention to the blocks that queries choose, and the choice itself."""
+    positions = np.arange(start, start + length)
+    far = np.maximum(positions // index.block - index.local, 0)
+    doublings = np.frexp(np.maximum(positions // index.floor, 1))[1] - 1
+    near = positions + 1 - far * index.block
+    keys = near + index.block * np.minimum(far, index.select + index.growth * doublings)
+    choice = 2.0 * index.landmarks * index.dim * far
+    return float((4.0 * kind.heads * kind.head_dim * keys + choice).sum())
 
 
 def _multiplied(config: ModelConfig, path: str, spec: ParamSpec) -> float:

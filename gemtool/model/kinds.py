@@ -1,4 +1,4 @@
-"""How a kind of layer attends, as data: `LayerKind` and the scaling of its rotary positions."""
+"""How a kind of layer attends, as data: `LayerKind`, the scaling of its rotary positions, its index."""
 
 from __future__ import annotations
 
@@ -47,12 +47,64 @@ class RopeScaling:
 
 
 @dataclass(frozen=True)
+class IndexConfig:
+    """How the queries of an "indexed" layer find the blocks of keys that they attend to.
+
+    A query attends to its own block and the `local` ones before it, and to those that it chooses among
+    all earlier ones. A small network makes of every query a vector, and of the keys of a block a few,
+    its landmarks; a block scores as high as the best product of its landmarks with the vectors of the
+    query and of the few before it. What is chosen depends on the content and on absolute positions
+    only, not on how a sequence was cut into steps.
+
+    `block`        positions of a block.
+    `landmarks`    vectors that summarise a block, each a mean of its keys' vectors by weights that the
+                   network gives too.
+    `dim`          of a landmark and of a query's vector, which have length one.
+    `hidden`       width of the network's hidden layer, which queries and keys share.
+    `local`        blocks before its own that a query attends to in any case.
+    `select`       blocks that it chooses at positions below 2 * `floor`,
+    `growth`       and how many more with each doubling from there.
+    `floor`
+    `sticky`       the scores of so many queries, itself and those before it, count for a query.
+    `temperature`  what scores are multiplied by where the index learns, at first.
+    `horizon`      the position whose queries it learns from, where those of a layer grow with their
+                   position (`length_scale`): what far ones look for is to be found.
+    """
+
+    block: int = 64
+    landmarks: int = 4
+    dim: int = 32
+    hidden: int = 128
+    local: int = 2
+    select: int = 16
+    growth: int = 2
+    floor: int = 16384
+    sticky: int = 8
+    temperature: float = 16.0
+    horizon: int = 1_000_000
+
+    def __post_init__(self) -> None:
+        positive("index", self, "block", "landmarks", "dim", "hidden", "select", "floor", "sticky")
+        positive("index", self, "temperature", "horizon")
+        not_negative("index", self, "local", "growth")
+        require(
+            self.block & (self.block - 1) == 0 and self.block <= 4096,
+            f"index: block ({self.block}) must be a power of two of at most 4096",
+        )
+
+    def most(self, capacity: int) -> int:
+        """Blocks that a query at a position below `capacity` chooses at most."""
+        return self.select + self.growth * max((capacity // self.floor).bit_length() - 1, 0)
+
+
+@dataclass(frozen=True)
 class LayerKind:
     """How one kind of layer attends.
 
     `attention`      "window": the last `window` positions, itself included; "chunk": the positions so
                      far of its own chunk of `window`, counted from the document's beginning;
-                     "full": all so far.
+                     "full": all so far; "indexed": all so far in training, and in inference those
+                     of a few blocks, which an index chooses.
     `rope_theta`     base of the rotary position embedding (arXiv 2104.09864); 0: no position encoding.
     `rope_scaling`   how its frequencies are lowered for longer sequences, if they are.
     `qk_norm`        "unit": queries and keys of length one, times a learned temperature that starts at
@@ -72,6 +124,7 @@ class LayerKind:
                      tokens before t then retrieves the *value* of t, the token that came next: an
                      induction head (arXiv 2209.11895) in one layer instead of two.
     `tie_qk_init`    W_q starts equal to W_k, so that equal contexts match before any training.
+    `index`          the index of an "indexed" kind.
     """
 
     letter: str
@@ -95,11 +148,16 @@ class LayerKind:
     conv_init: str = "identity"
     key_shift: int = 0
     tie_qk_init: bool = False
+    index: IndexConfig | None = None
 
     def __post_init__(self) -> None:
         where = f"layer kind {self.letter!r}"
         require(len(self.letter) == 1, f"{where}: its name must be a single letter")
-        choice(where, self, "attention", ("window", "chunk", "full"))
+        choice(where, self, "attention", ("window", "chunk", "full", "indexed"))
+        require(
+            (self.index is not None) == (self.attention == "indexed"),
+            f"{where}: indexed attention, and no other, has a table `index`",
+        )
         choice(where, self, "qk_norm", ("unit", "rms", "rms_joint", "rms_plain", "none"))
         choice(where, self, "conv_init", ("identity", "spread"))
         positive(where, self, "heads", "kv_heads", "head_dim", "qk_conv", "length_floor")
@@ -110,8 +168,8 @@ class LayerKind:
         )
         require(
             (self.window > 0) == self.bounded,
-            f"{where}: window must be positive for window and chunk attention and 0 for full "
-            f"attention, not {self.window}",
+            f"{where}: window must be positive for window and chunk attention and 0 for full and "
+            f"indexed attention, not {self.window}",
         )
         require(self.key_shift in (0, 1), f"{where}: key_shift must be 0 or 1")
         require(
@@ -133,7 +191,7 @@ class LayerKind:
     @property
     def bounded(self) -> bool:
         """Whether a query reaches back a bounded way, so that `window` rows of cache suffice."""
-        return self.attention != "full"
+        return self.attention in ("window", "chunk")
 
     @property
     def conv_tail(self) -> int:

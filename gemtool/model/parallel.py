@@ -10,8 +10,9 @@ per device (`jax.shard_map`):
   the gradients of keys and values travelling along, so that no device ever holds all of them;
 * media encoders: each device encodes its share of the groups.
 
-Attention to a cache's window is here too; to all that it keeps of a sequence, in buffers.py. Experts
-are in expert_parallel.py, tables with a row a token in vocab_parallel.py.
+Attention to a cache's window is here too, and the choice among the blocks that it keeps of a sequence;
+attention to these is in buffers.py. Experts are in expert_parallel.py, tables with a row a token in
+vocab_parallel.py.
 
 Axes: B sequences, T positions, H query heads, N key/value heads, K head dimension, D model; within a
 device they are that device's share.
@@ -21,13 +22,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from gemtool.kernels.attention import flash_attention, merge_attention, partial_attention
+from gemtool.kernels.blocks import choose_blocks
 from gemtool.kernels.rows import row_dots
 from gemtool.model.mesh import AXES, current_mesh, partition
 
@@ -76,6 +78,16 @@ def on_groups(
     return soft.reshape(-1, *soft.shape[2:])[:count]
 
 
+class Others(NamedTuple):
+    """Keys and values [B, S, N, K] of other sequences, which queries attend to that are not 0 in
+    `queries` int32 [B, T], where they are not 0 in `keys` int32 [B, S]; both are 0 or 1."""
+
+    k: Any
+    v: Any
+    queries: Any
+    keys: Any
+
+
 def packed_attention(
     q: jax.Array,
     k: jax.Array,
@@ -84,39 +96,82 @@ def packed_attention(
     *,
     sink: jax.Array | None,
     window: int | None,
+    others: Others | None = None,
     **options: Any,
 ) -> jax.Array:
-    """Causal attention within the segments of packed sequences.
+    """Causal attention within the segments of packed sequences, and to `others`.
 
     `q` [B, T, H, K], `k` and `v` [B, T, N, K], `segments` int32 [B, T] (0 is padding), `sink` [H] or
     None; `options` are those of `partial_attention`. Returns [B, T, H, K].
+
+    Raises:
+        NotImplementedError: others, where the context axis of the mesh cuts sequences.
     """
     mesh = current_mesh()
     if mesh is None:
-        return flash_attention(
-            q, k, v, q_segments=segments, kv_segments=segments, sink=sink, window=window, **options
-        )
+        return _one_device(q, k, v, segments, sink, window, others, options)
     queries = partition(("batch", "length", "heads", None), q.shape, mesh)
     keys = partition(("batch", "length", "kv_heads", None), k.shape, mesh)
-    specs = (queries, keys, keys, PartitionSpec(*queries[:2]), PartitionSpec(queries[2]))
     groups = q.shape[2] // k.shape[2]
+    if others is not None and mesh.shape["context"] > 1:
+        raise NotImplementedError("negatives on a mesh whose context axis cuts sequences")
+    positions = PartitionSpec(*queries[:2])
+    of_others = None if others is None else Others(keys, keys, positions, positions)
+    specs = (queries, keys, keys, positions, PartitionSpec(queries[2]), of_others)
 
     def local(
-        q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, sink: jax.Array | None
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        segments: jax.Array,
+        sink: jax.Array | None,
+        others: Others | None,
     ) -> jax.Array:
         if keys[2] is None:
             k, v = (_own_heads(x, q.shape[2], groups) for x in (k, v))
+            if others is not None:
+                heads = [_own_heads(x, q.shape[2], groups) for x in (others.k, others.v)]
+                others = Others(heads[0], heads[1], others.queries, others.keys)
         if mesh.shape["context"] == 1:
-            shared = {"q_segments": segments, "kv_segments": segments, "window": window}
-            return flash_attention(q, k, v, sink=sink, **shared, **options)
+            return _one_device(q, k, v, segments, sink, window, others, options)
         if window is not None:
             return _halo(mesh.shape["context"], q, k, v, segments, sink, window, options)
         fixed = (mesh.shape["context"], tuple(sorted(options.items())))
         return _ring(fixed, q, k, v, segments, sink)
 
     return jax.shard_map(local, in_specs=specs, out_specs=queries, check_vma=False)(
-        q, k, v, segments, sink
+        q, k, v, segments, sink, others
     )
+
+
+def _one_device(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segments: jax.Array,
+    sink: jax.Array | None,
+    window: int | None,
+    others: Others | None,
+    options: dict[str, Any],
+) -> jax.Array:
+    shared: dict[str, Any] = {
+        "q_segments": segments,
+        "kv_segments": segments,
+        "window": window,
+        **options,
+    }
+    if others is None:
+        return flash_attention(q, k, v, sink=sink, **shared)
+    seen: dict[str, Any] = {
+        "q_segments": others.queries,
+        "kv_segments": others.keys,
+        "causal": False,
+    }
+    parts = [
+        partial_attention(q, k, v, **shared),
+        partial_attention(q, others.k, others.v, **seen, **options),
+    ]
+    return merge_attention(parts, sink)[0].astype(q.dtype)
 
 
 def cached_attention(
@@ -172,6 +227,44 @@ def cached_attention(
         out_specs=queries,
         check_vma=False,
     )(q, k, v, q_segments, kv_segments, sink)
+
+
+def chosen_blocks(
+    u: jax.Array,
+    landmarks: jax.Array,
+    *,
+    candidates: jax.Array,
+    width: jax.Array,
+    most: int,
+    sticky: int,
+) -> jax.Array:
+    """`choose_blocks` of new positions, on a mesh each device for those that it has of them.
+
+    Every device has all of `u` [B, sticky - 1 + T, I] and `landmarks` [B, M, I, J]. Returns int32
+    [B, T, most].
+    """
+    mesh = current_mesh()
+    steps = candidates.shape[0]
+
+    def local(
+        u: jax.Array, landmarks: jax.Array, candidates: jax.Array, width: jax.Array
+    ) -> jax.Array:
+        own = candidates.shape[0]
+        if own < steps:
+            first = jax.lax.axis_index("context") * own
+            u = jax.lax.dynamic_slice_in_dim(u, first, own + sticky - 1, axis=1)
+        return choose_blocks(
+            u, landmarks, candidates=candidates, width=width, most=most, sticky=sticky
+        )
+
+    if mesh is None:
+        return local(u, landmarks, candidates, width)
+    everywhere = PartitionSpec()
+    where = partition((None, "length", None), (u.shape[0], steps, most), mesh)
+    rows = PartitionSpec(where[1])
+    return jax.shard_map(
+        local, in_specs=(everywhere, everywhere, rows, rows), out_specs=where, check_vma=False
+    )(u, landmarks, candidates, width)
 
 
 def _own_heads(x: jax.Array, heads: int, groups: int) -> jax.Array:

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemtool.model.config import EncoderConfig, LayerKind, ModelConfig
+from gemtool.model.kinds import IndexConfig
 from gemtool.model.stacking import Tree, stack_layers
 
 
@@ -135,7 +136,24 @@ def _attention(config: ModelConfig, kind: LayerKind) -> Tree:
         tree["k_bias"] = tree["v_bias"] = _bias((kv_heads, head_dim), "kv_heads", "head_dim")
     if kind.out_bias:
         tree["o_bias"] = _bias((d,), "embed")
+    if kind.index is not None:
+        tree["index"] = _index(d, kind.index)
     return tree
+
+
+def _index(d: int, index: IndexConfig) -> Tree:
+    # Axes without a name: it is small, and every device has all of it.
+    def matrix(rows: int, columns: int) -> ParamSpec:
+        return ParamSpec((rows, columns), (None, None), scale=rows**-0.5)
+
+    return {
+        "hidden": matrix(d, index.hidden),
+        # Equal contexts match before any training, as with `tie_qk_init`.
+        "q": replace(matrix(index.hidden, index.dim), init="repeat", source="k"),
+        "k": matrix(index.hidden, index.dim),
+        "gate": matrix(index.hidden, index.landmarks),
+        "log_temperature": ParamSpec((1,), (None,), "constant", math.log(index.temperature)),
+    }
 
 
 def _gated_mlp(config: ModelConfig, width: int, biases: bool, experts: int = 0) -> Tree:
@@ -340,12 +358,13 @@ _ALWAYS_FLOAT32 = ("router", "router_bias", "sink", "log_temperature")
 def in_dtype(params: Tree, dtype: Any) -> Tree:
     """Parameters, or those of a layer, as they are multiplied where activations have this dtype.
 
-    Routers, norms, sinks and temperatures stay float32: they are small, and they decide.
+    Routers, indices, norms, sinks and temperatures stay float32: they are small, and they decide.
     """
 
     def cast(path: str, leaf: Any) -> Any:
         name = path.rpartition("/")[2]
-        stays = name in _ALWAYS_FLOAT32 or name.endswith("norm") or is_balance_bias(path)
+        decides = name in _ALWAYS_FLOAT32 or is_balance_bias(path) or is_index(path)
+        stays = decides or name.endswith("norm")
         return leaf if stays or leaf.dtype == dtype else leaf.astype(dtype)
 
     return unflatten({path: cast(path, leaf) for path, leaf in flatten(params).items()})
@@ -354,3 +373,8 @@ def in_dtype(params: Tree, dtype: Any) -> Tree:
 def is_balance_bias(path: str) -> bool:
     """Whether a path names a router's balance bias: moved by load (see moe.py), not by gradient."""
     return path.endswith("moe/bias")
+
+
+def is_index(path: str) -> bool:
+    """Whether a path names a parameter of the index of an attention layer (see index.py)."""
+    return "index" in path.split("/")

@@ -33,7 +33,7 @@ from gemtool.model.layers import gated_mlp, glu_of, norm, soft_cap
 from gemtool.model.mesh import constrain
 from gemtool.model.moe import Stats, moe_mlp, router_loss
 from gemtool.model.parallel import on_groups
-from gemtool.model.params import Tree, in_dtype
+from gemtool.model.params import Tree, flatten, in_dtype, is_index, unflatten
 from gemtool.model.stacking import STACK, repeats
 from gemtool.model.vocab_parallel import embedding_rows
 
@@ -73,28 +73,57 @@ def encode_media(
 
 
 def forward(
-    params: Tree, config: ModelConfig, batch: Batch, execution: Execution = FLOAT32
+    params: Tree,
+    config: ModelConfig,
+    batch: Batch,
+    execution: Execution = FLOAT32,
+    *,
+    negatives: int = 0,
+    learn_index: bool = False,
 ) -> tuple[jax.Array, dict[str, Any]]:
     """Hidden states of whole packed sequences, [B, T, D] in `execution.dtype`, after the last norm.
 
-    `params` may be stacked. Also a dict of what the routers did: "load", float32 [E] a layer in the
-    structure of `params["layers"]`; "z_loss" and "balance_loss" (means over layers), and "loss"
-    float32 [], what routers add to the training loss.
+    `params` may be stacked; `negatives` as in `attend_packed`. Also a dict of what the routers did:
+    "load", float32 [E] a layer in the structure of `params["layers"]`; "z_loss" and "balance_loss"
+    (means over layers), and "loss" float32 [], what routers add to the training loss; and if
+    `learn_index`, "index", as `index_loss` returns it.
     """
     ends = in_dtype({k: v for k, v in params.items() if k != "layers"}, execution.dtype)
     present = batch.segments > 0
 
     def layer(index: int, x: jax.Array, p: Tree) -> tuple[jax.Array, Stats]:
         kind = config.layer_kinds[index]
-        attend = partial(_packed, config, kind, batch.positions, batch.segments)
-        x, _, stats = _layer(p, config, index, x, present, attend)
-        return constrain(x, "batch", "length", None), stats
+        attend = partial(_packed, config, kind, batch, negatives, learn_index)
+        x, learned, stats = _layer(p, config, index, x, present, attend)
+        return constrain(x, "batch", "length", None), {"router": stats, "index": learned}
 
     if execution.remat:
         layer = jax.checkpoint(layer, static_argnums=0)
     x = constrain(embed(ends, config, batch.tokens, batch.media), "batch", "length", None)
     x, stats = _run_layers(config, params["layers"], layer, x)
-    return norm(config, x, ends["norm"]), _router_summary(config, stats)
+    summary = _router_summary(config, _only(stats, "router"))
+    if learn_index:
+        summary["index"] = _index_summary(list(_having(_only(stats, "index"), "weight")))
+    return norm(config, x, ends["norm"]), summary
+
+
+def index_loss(
+    params: Tree, config: ModelConfig, batch: Batch, execution: Execution = FLOAT32
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """How far the indices are from what attention looks at: a cross-entropy float32 [], the mean of
+    all queries, by how much of their attention candidates get, and of all indexed layers; and in the
+    same way "index_top1", "index_topk", "index_mass" (see `index.objective`).
+
+    Only parameters of indices get gradients.
+    """
+
+    def kept(path: str, leaf: jax.Array) -> jax.Array:
+        return leaf if is_index(path) else jax.lax.stop_gradient(leaf)
+
+    params = unflatten({path: kept(path, leaf) for path, leaf in flatten(params).items()})
+    _, summary = forward(params, config, batch, execution, learn_index=True)
+    metrics = dict(summary["index"])
+    return metrics.pop("index_loss"), metrics
 
 
 def _run_layers(
@@ -148,7 +177,7 @@ def step_kv(
     params: Tree, config: ModelConfig, embeddings: jax.Array, cache: Cache, valid: jax.Array
 ) -> Cache:
     """The part of `step` that far later positions can see: work stops once the last
-    full-attention layer has its keys and values.
+    unbounded layer has its keys and values.
 
     The layers above keep their old windows, so the last `tail_reach` positions before the first
     hidden state of interest must run through `step`; then it is exact.
@@ -186,19 +215,23 @@ def logits(params: Tree, config: ModelConfig, hidden: jax.Array) -> jax.Array:
     return soft_cap(scores, config.logit_soft_cap) if config.logit_soft_cap else scores
 
 
-Attend = Callable[[Tree, jax.Array], tuple[jax.Array, LayerCache | None]]
-"""Attention of one layer: its parameters and normed rows [B, T, D] -> [B, T, D] and a new cache."""
+Attend = Callable[[Tree, jax.Array], tuple[jax.Array, Any]]
+"""Attention of one layer: its parameters and normed rows [B, T, D] -> [B, T, D], and a new cache or
+what its index learned."""
 
 
 def _packed(
     config: ModelConfig,
     kind: LayerKind,
-    positions: jax.Array,
-    segments: jax.Array,
+    batch: Batch,
+    negatives: int,
+    learn_index: bool,
     p: Tree,
     h: jax.Array,
-) -> tuple[jax.Array, None]:
-    return attention.attend_packed(p, config, kind, h, positions, segments), None
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    return attention.attend_packed(
+        p, config, kind, h, batch, negatives=negatives, learn_index=learn_index
+    )
 
 
 def _cached(
@@ -214,7 +247,7 @@ def _layer(
     """One layer, of parameters `p`, over rows x [B, T, D], those real where `present` bool [B, T]
     says so.
 
-    Returns the new rows, what `attend` returned as the new cache, and statistics of the router.
+    Returns the new rows, what `attend` returned beside them, and statistics of the router.
     """
     p = in_dtype(p, x.dtype)
     with jax.named_scope(f"layer_{index}"):
@@ -254,18 +287,11 @@ def _router_summary(config: ModelConfig, stats: Tree) -> dict[str, Any]:
     """What the routers of all layers did; `stats` in the structure of the layers, some stacked."""
     zero = jnp.zeros((), jnp.float32)
 
-    def of_layers(tree: Tree) -> Iterator[Stats]:
-        for value in tree.values():
-            if "load" in value:
-                yield value
-            else:
-                yield from of_layers(value)
-
     def load(tree: Tree) -> Tree:
         routed = {i: s["load"] if "load" in s else load(s) for i, s in tree.items()}
         return {i: value for i, value in routed.items() if not isinstance(value, dict) or value}
 
-    found = list(of_layers(stats))
+    found = list(_having(stats, "load"))
     if config.moe is None or not found:
         return {"load": {}, "z_loss": zero, "balance_loss": zero, "loss": zero}
     count = sum(s["z_loss"].size for s in found)
@@ -276,3 +302,24 @@ def _router_summary(config: ModelConfig, stats: Tree) -> dict[str, Any]:
         "balance_loss": sum((jnp.sum(s["balance_loss"]) for s in found), zero) / count,
         "loss": sum((jnp.sum(router_loss(moe, s)) for s in found), zero),
     }
+
+
+def _index_summary(found: list[dict[str, jax.Array]]) -> dict[str, jax.Array]:
+    """The means of what `index.objective` says of each indexed layer, some of them stacked."""
+    total = {name: sum((jnp.sum(x[name]) for x in found), jnp.zeros(())) for name in found[0]}
+    weight = jnp.maximum(total.pop("weight"), 1e-9)
+    return {f"index_{name}": value / weight for name, value in total.items()}
+
+
+def _only(stats: Tree, part: str) -> Tree:
+    """One part of what every layer returned beside x."""
+    return {i: s[part] if part in s else _only(s, part) for i, s in stats.items()}
+
+
+def _having(stats: Tree, name: str) -> Iterator[Stats]:
+    """What those layers returned that have this name in it."""
+    for value in stats.values():
+        if name in value:
+            yield value
+        elif isinstance(value, dict):
+            yield from _having(value, name)

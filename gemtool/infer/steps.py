@@ -1,0 +1,132 @@
+"""The compiled programs of inference: a step that scores, one that only writes keys and values, and
+what reads and grows the buffers between them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from gemtool.model import transformer
+from gemtool.model.buffers import buffer_capacity, grow, read_rows
+from gemtool.model.cache import Cache, abstract_cache, constrain_cache, full_layers
+from gemtool.model.config import ModelConfig
+from gemtool.model.index import block_capacity
+from gemtool.model.params import Tree
+
+Buffers = tuple[dict[str, jax.Array], ...]
+"""What grows with a context, of each unbounded layer: "k" and "v", as `gemtool.model.buffers` has
+them, and "landmarks" of one that is indexed."""
+
+
+def abstract_sequence(
+    config: ModelConfig, capacity: int, mesh: Mesh | None = None
+) -> tuple[Buffers, Cache]:
+    """Shapes, dtypes and on a mesh shardings of the buffers and the state of a sequence with room for
+    `capacity` positions: what `scored_step` can be lowered with."""
+    return split(config, abstract_cache(config, 1, capacity, mesh))
+
+
+def join(config: ModelConfig, buffers: Buffers, state: Cache) -> Cache:
+    layers = list(state.layers)
+    for index, own in zip(full_layers(config), buffers, strict=True):
+        layer = replace(layers[index], k=own["k"], v=own["v"])
+        if layer.index is not None:
+            layer = replace(layer, index=replace(layer.index, landmarks=own["landmarks"]))
+        layers[index] = layer
+    return Cache(state.length, tuple(layers))
+
+
+def split(config: ModelConfig, cache: Cache) -> tuple[Buffers, Cache]:
+    """The parts of a cache that are donated, and the small ones, which stay valid."""
+    layers, buffers = list(cache.layers), []
+    for at in full_layers(config):
+        layer = layers[at]
+        own, index = {"k": layer.k, "v": layer.v}, layer.index
+        if index is not None:
+            own["landmarks"] = index.landmarks
+            index = replace(index, landmarks=None)  # type: ignore[arg-type]
+        buffers.append(own)
+        layers[at] = replace(layer, k=None, v=None, index=index)  # type: ignore[arg-type]
+    return tuple(buffers), Cache(cache.length, tuple(layers))
+
+
+def _embedded(
+    params: Tree, config: ModelConfig, tokens: jax.Array, soft: tuple[jax.Array, jax.Array] | None
+) -> jax.Array:
+    x = transformer.embed(params, config, tokens[None, :])
+    if soft is not None:
+        vectors, present = soft
+        x = jnp.where(present[None, :, None], vectors[None].astype(x.dtype), x)
+    return x
+
+
+@partial(jax.jit, static_argnames="config", donate_argnames="buffers")
+def scored_step(
+    params: Tree,
+    config: ModelConfig,
+    tokens: jax.Array,
+    soft: tuple[jax.Array, jax.Array] | None,
+    valid: jax.Array,
+    buffers: Buffers,
+    state: Cache,
+) -> tuple[jax.Array, Buffers, Cache]:
+    """Runs tokens int32 [T], the first `valid` of them real; scores [V] after the last real one."""
+    x = _embedded(params, config, tokens, soft)
+    hidden, cache = transformer.step(params, config, x, join(config, buffers, state), valid)
+    last = jax.lax.dynamic_index_in_dim(hidden[0], valid - 1, axis=0, keepdims=False)
+    return transformer.logits(params, config, last), *split(config, constrain_cache(config, cache))
+
+
+@partial(jax.jit, static_argnames="config", donate_argnames="buffers")
+def kv_step(
+    params: Tree,
+    config: ModelConfig,
+    tokens: jax.Array,
+    soft: tuple[jax.Array, jax.Array] | None,
+    valid: jax.Array,
+    buffers: Buffers,
+    state: Cache,
+) -> tuple[Buffers, Cache]:
+    """The part of `scored_step` that far later positions can see."""
+    x = _embedded(params, config, tokens, soft)
+    cache = transformer.step_kv(params, config, x, join(config, buffers, state), valid)
+    return split(config, constrain_cache(config, cache))
+
+
+@partial(jax.jit, static_argnames=("config", "kind"))
+def encode(
+    params: Tree, config: ModelConfig, kind: str, values: jax.Array, rows: jax.Array
+) -> jax.Array:
+    return transformer.encode_media(params, config, kind, values, rows).astype(jnp.float32)
+
+
+@partial(jax.jit, static_argnames=("config", "size"))
+def read_block(config: ModelConfig, buffers: Buffers, start: jax.Array, size: int) -> Buffers:
+    """What buffers have of positions `start` to `start + size`, both whole blocks of their indices."""
+    found = []
+    for at, own in zip(full_layers(config), buffers, strict=True):
+        rows = {name: read_rows(own[name], start, size) for name in "kv"}
+        index = config.layer_kinds[at].index
+        if index is not None:
+            first, count = start // index.block, size // index.block
+            rows["landmarks"] = jax.lax.dynamic_slice_in_dim(own["landmarks"], first, count, axis=3)
+        found.append(rows)
+    return tuple(found)
+
+
+@partial(jax.jit, static_argnames=("config", "capacity"))
+def grown(config: ModelConfig, buffers: Buffers, capacity: int) -> Buffers:
+    """Buffers with room for `capacity` positions that begin as these."""
+    found = []
+    for at, own in zip(full_layers(config), buffers, strict=True):
+        new = {name: grow(own[name], capacity) for name in "kv"}
+        index = config.layer_kinds[at].index
+        if index is not None:
+            room = block_capacity(index, buffer_capacity(new["k"])) - own["landmarks"].shape[3]
+            new["landmarks"] = jnp.pad(own["landmarks"], ((0, 0), (0, 0), (0, 0), (0, room)))
+        found.append(new)
+    return tuple(found)

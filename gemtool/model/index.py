@@ -1,0 +1,249 @@
+"""The index of an indexed attention layer: what summarises blocks of keys, and who chooses among them.
+
+Of the rows that the layer's queries and keys are made from, x^q_t and x^k_i (see attention.py), a
+network with a shared hidden layer makes
+
+    u_t = unit(W_q silu(W_h x^q_t))                          the vector of a query
+    e_i = W_k silu(W_h x^k_i),  g_i = W_g silu(W_h x^k_i)    of a key, and its logit a landmark
+    l_jm = unit(sum_i softmax_i(g_im) e_i)                   landmark m of block j, i over its keys
+    s_tj = max_m <u_t, l_jm>                                 the score of a block
+
+It is learned by distillation: `objective` compares s with the share of the layer's dense attention
+that falls into each block, among the blocks of the sequence and of all others of the batch. Nothing
+flows back into the layer itself.
+
+Axes: B sequences, T positions, D model, I index dimension, M landmarks, J blocks, P positions a block.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from gemtool.model.kinds import IndexConfig, LayerKind
+from gemtool.model.layers import unit_norm
+from gemtool.model.params import Tree
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class IndexCache:
+    """What an index keeps of the past, all float32.
+
+    `landmarks`  [B, M, I, J], those of whole blocks; what lies behind them means nothing.
+    `pending`    [B, P, I + M], vectors and logits of the keys of the block that is not whole yet.
+    `queries`    [B, sticky - 1, I], vectors of the last queries, newest last.
+    """
+
+    landmarks: jax.Array
+    pending: jax.Array
+    queries: jax.Array
+
+
+def block_capacity(index: IndexConfig, capacity: int) -> int:
+    """Blocks that landmarks have room for where positions have `capacity`: a step writes those of the
+    positions that it is padded with too."""
+    return capacity // index.block + 2
+
+
+def query_vectors(p: Tree, x: jax.Array) -> jax.Array:
+    """Vectors float32 [..., I] of queries, of the index's parameters and rows [..., D]."""
+    return unit_norm(_hidden(p, x) @ p["q"])
+
+
+def key_vectors(p: Tree, x: jax.Array) -> jax.Array:
+    """Vectors and logits float32 [..., I + M] of keys, of rows [..., D]."""
+    return _hidden(p, x) @ jnp.concatenate([p["k"], p["gate"]], axis=1)
+
+
+def _hidden(p: Tree, x: jax.Array) -> jax.Array:
+    return jax.nn.silu(x.astype(jnp.float32) @ p["hidden"])
+
+
+def summarise(index: IndexConfig, keys: jax.Array) -> jax.Array:
+    """Landmarks float32 [B, M, I, J] of blocks of `key_vectors` [B, J, P, I + M]."""
+    vectors, logits = keys[..., : index.dim], keys[..., index.dim :]
+    shares = jax.nn.softmax(logits, axis=2)
+    means = unit_norm(jnp.einsum("bjpi,bjpm->bmji", vectors, shares))
+    return means.transpose(0, 1, 3, 2)
+
+
+def extend(
+    index: IndexConfig,
+    cache: IndexCache,
+    keys: jax.Array,
+    queries: jax.Array,
+    length: jax.Array,
+    valid: jax.Array,
+) -> IndexCache:
+    """The cache with T new positions, of which the first `valid` are real.
+
+    `keys` [B, T, I + M] of `key_vectors`, `queries` [B, T, I] of `query_vectors`; `length` int32 [],
+    positions before them. Landmarks of blocks that are not whole are written too, and again later:
+    nobody chooses among them until then.
+    """
+    batch, steps, width = keys.shape
+    block = index.block
+    zero, offset = jnp.int32(0), length % block
+    count = (block - 1 + steps + block - 1) // block
+    rows = jnp.pad(cache.pending, ((0, 0), (0, (count - 1) * block), (0, 0)))
+    # The last of them may be cut: room for a whole block behind.
+    rows = jnp.pad(rows, ((0, 0), (0, block), (0, 0)))
+    rows = jax.lax.dynamic_update_slice(rows, keys, (zero, offset, zero))
+    blocks = rows[:, : count * block].reshape(batch, count, block, width)
+    landmarks = jax.lax.dynamic_update_slice(
+        cache.landmarks, summarise(index, blocks), (zero, zero, zero, length // block)
+    )
+    first = (offset + valid) // block * block
+    recent = jnp.concatenate([cache.queries, queries], axis=1)
+    return IndexCache(
+        landmarks=landmarks,
+        pending=jax.lax.dynamic_slice_in_dim(rows, first, block, axis=1),
+        queries=jax.lax.dynamic_slice_in_dim(recent, valid, index.sticky - 1, axis=1),
+    )
+
+
+def candidates(index: IndexConfig, positions: jax.Array) -> jax.Array:
+    """How many blocks each query may choose among, int32 [T]: those before the local ones."""
+    return jnp.maximum(positions // index.block - index.local, 0)
+
+
+def width(index: IndexConfig, positions: jax.Array) -> jax.Array:
+    """How many blocks queries at positions int32 [T] choose, int32 [T]."""
+    doublings = 31 - jax.lax.clz(jnp.maximum(positions // index.floor, 1))
+    return index.select + index.growth * doublings
+
+
+def local_blocks(index: IndexConfig, positions: jax.Array) -> jax.Array:
+    """The blocks that queries attend to in any case, int32 [T, local + 1]; -1 where there is none."""
+    back = jnp.arange(index.local + 1, dtype=jnp.int32)
+    return jnp.maximum(positions[:, None] // index.block - back[None, :], -1)
+
+
+# --- learning -------------------------------------------------------------------------------------
+
+
+def objective(
+    p: Tree,
+    kind: LayerKind,
+    rows: tuple[jax.Array, jax.Array],
+    qk: tuple[jax.Array, jax.Array],
+    sink: jax.Array | None,
+    segments: jax.Array,
+    documents: jax.Array,
+) -> dict[str, jax.Array]:
+    """How far a layer's index is from what its attention looks at, over whole packed sequences.
+
+    Blocks are counted from the beginning of a sequence here. A query's block, blocks after it, and
+    blocks of several documents are no candidates, nor are blocks of other sequences whose document
+    the query's sequence has a part of.
+
+    Args:
+        p: the index's parameters.
+        kind: the layer's.
+        rows: what queries and keys are made from, each [B, T, D].
+        qk: queries [B, T, H, K], as those at `horizon`, and keys [B, T, N, K] as they are multiplied,
+            `kind.scale` aside.
+        sink: [H] or None.
+        segments: int32 [B, T]; 0 is padding.
+        documents: int32 [B, T], equal where documents are.
+
+    Returns:
+        float32 [] each, sums over queries, weighted by the share of attention that their candidates
+        get and by how much of that falls into one block (the sum of squared shares: a query that
+        looks everywhere has nothing to find): "loss", a cross-entropy; "top1", whether the block that
+        gets most has the best score; "topk", whether it is among the `select` best; "mass", the share
+        that these get of what all candidates do; and "weight", the sum of the weights.
+    """
+    index = kind.index
+    assert index is not None
+    block, missing = index.block, -segments.shape[1] % index.block
+
+    def padded(x: jax.Array) -> jax.Array:
+        return jnp.pad(x, ((0, 0), (0, missing), *[(0, 0)] * (x.ndim - 2)))
+
+    x_q, x_k = (padded(jax.lax.stop_gradient(x)) for x in rows)
+    q, k = (padded(jax.lax.stop_gradient(x).astype(jnp.float32)) for x in qk)
+    segments, documents = padded(segments), padded(documents)
+    batch, length = segments.shape
+    count = length // block
+    landmarks = summarise(index, key_vectors(p, x_k).reshape(batch, count, block, -1))
+    everybody = landmarks.transpose(1, 2, 0, 3).reshape(index.landmarks, index.dim, batch * count)
+    temperature = jnp.exp(p["log_temperature"])[None, None]
+
+    blocks = segments.reshape(batch, count, block)
+    whole = (blocks == blocks[:, :, :1]).all(axis=2) & (blocks[:, :, 0] > 0)  # [B, J]
+    of_block = documents.reshape(batch, count, block)[:, :, 0]
+    # Whether a sequence has a part of the document of any block of the batch: [B, B * J].
+    shared = (documents[:, :, None] == of_block.reshape(1, 1, -1)).any(axis=1)
+    foreign = whole.reshape(1, -1) & ~shared
+    keys = jnp.arange(length, dtype=jnp.int32)
+    row = jnp.arange(batch, dtype=jnp.int32)
+    # Whose block a column of scores is.
+    owner = jnp.repeat(row, count)[None, None, :] == row[:, None, None]  # [B, 1, B * J]
+
+    def of_queries(start: jax.Array) -> dict[str, jax.Array]:
+        """Sums over the queries [B, Q] of one block of each sequence."""
+
+        def take(x: jax.Array) -> jax.Array:
+            return jax.lax.dynamic_slice_in_dim(x, start, block, axis=1)
+
+        at = start + jnp.arange(block, dtype=jnp.int32)
+        segment = take(segments)[:, :, None]
+        visible = (segments[:, None, :] == segment) & (segment > 0)
+        visible = visible & (keys[None, :] <= at[:, None])[None]
+        share = _block_shares(kind, take(q), k, sink, visible, count)  # [B, Q, J]
+        own = whole[:, None, :] & (blocks[:, None, :, 0] == segment)
+        own = own & (jnp.arange(count, dtype=jnp.int32) < start // block)[None, None, :]
+        share = jnp.where(own, share, 0)
+        total = share.sum(axis=2)
+        share = share / jnp.maximum(total, 1e-9)[:, :, None]
+        weight = total * (share * share).sum(axis=2)
+        target = jnp.where(owner, jnp.tile(share, (1, 1, batch)), 0)  # [B, Q, B * J]
+        allowed = jnp.where(owner, jnp.tile(own, (1, 1, batch)), foreign[:, None, :])
+        u = query_vectors(p, take(x_q))
+        scores = jnp.einsum("bqi,mij->mbqj", u, everybody).max(axis=0)
+        logs = jax.nn.log_softmax(jnp.where(allowed, scores * temperature, -1e30), axis=2)
+        ranked = jnp.where(allowed, scores, -jnp.inf)
+        best, _ = jax.lax.top_k(ranked, min(index.select, batch * count))
+        chosen = allowed & (ranked >= best[:, :, -1:])
+        wanted = jnp.argmax(target, axis=2)[:, :, None]
+        sums = {
+            "loss": -(target * logs).sum(axis=2),
+            "top1": jnp.take_along_axis(ranked, wanted, axis=2)[:, :, 0] >= best[:, :, 0],
+            "topk": jnp.take_along_axis(chosen, wanted, axis=2)[:, :, 0],
+            "mass": jnp.where(chosen, target, 0).sum(axis=2),
+            "weight": jnp.ones_like(weight),
+        }
+        return {name: (weight * x.astype(weight.dtype)).sum() for name, x in sums.items()}
+
+    starts = jnp.arange(0, length, block, dtype=jnp.int32)
+    each = jax.lax.map(jax.checkpoint(of_queries), starts)
+    return jax.tree.map(lambda x: x.sum(), each)
+
+
+def _block_shares(
+    kind: LayerKind,
+    q: jax.Array,
+    k: jax.Array,
+    sink: jax.Array | None,
+    visible: jax.Array,
+    count: int,
+) -> jax.Array:
+    """The share of attention that falls into each block, the mean of all heads: [B, Q, J].
+
+    Queries [B, Q, H, K], keys [B, T, N, K], `visible` bool [B, Q, T].
+    """
+    groups = kind.heads // kind.kv_heads
+    grouped = q.reshape(*q.shape[:2], kind.kv_heads, groups, kind.head_dim)
+    scores = jnp.einsum("bqngk,btnk->bngqt", grouped, k) * kind.scale
+    if kind.soft_cap:
+        scores = kind.soft_cap * jnp.tanh(scores / kind.soft_cap)
+    scores = jnp.where(visible[:, None, None], scores, -jnp.inf)
+    rest = jnp.full(kind.heads, -1e30, scores.dtype) if sink is None else sink.astype(scores.dtype)
+    rest = jax.lax.stop_gradient(rest).reshape(1, kind.kv_heads, groups, 1, 1)
+    rest = jnp.broadcast_to(rest, (*scores.shape[:4], 1))
+    shares = jax.nn.softmax(jnp.concatenate([scores, rest], axis=4), axis=4)[..., :-1]
+    return shares.reshape(*scores.shape[:4], count, -1).sum(axis=5).mean(axis=(1, 2))
