@@ -110,15 +110,17 @@ def test_batches_say_what_the_spans_say(seed, kinds):
     sequences = [*sequences_of(documents(rng, 8, kinds)), []]
     batch = build_batch(sequences, LENGTH, LOW, KINDS)
     soft: dict[str, dict[int, np.ndarray]] = {"visual": {}, "audio": {}}
+    numbers: dict[str, set[int]] = {}
     for row, spans in enumerate(sequences):
         flat = [
-            (int(token), span.segment, span.loss[i] if span.loss is not None else None)
+            (int(token), span.segment, span.loss[i] if span.loss is not None else None, span.doc)
             for span in spans
             for i, token in enumerate(span.tokens)
         ]
-        flat += [(0, 0, None)] * (LENGTH - len(flat))
+        flat += [(0, 0, None, "")] * (LENGTH - len(flat))
         begin = 0
-        for t, (token, segment, _) in enumerate(flat):
+        for t, (token, segment, _, doc) in enumerate(flat):
+            numbers.setdefault(doc, set()).add(int(batch.documents[row, t]))
             if t and segment != flat[t - 1][1]:
                 begin = t
             assert batch.tokens[row, t] == token
@@ -126,7 +128,7 @@ def test_batches_say_what_the_spans_say(seed, kinds):
             assert batch.positions[row, t] == (t - begin if segment else 0)
             target, weight = 0, 0.0
             if segment and t + 1 < LENGTH and flat[t + 1][1] == segment:
-                target, _, given_weight = flat[t + 1]
+                target, _, given_weight, _ = flat[t + 1]
                 default = float(target not in UNTRAINED_TARGETS)
                 weight = default if given_weight is None else given_weight
             assert batch.targets[row, t] == target
@@ -138,6 +140,10 @@ def test_batches_say_what_the_spans_say(seed, kinds):
                 features = span.payload.reshape(len(where), -1)
                 at = row * LENGTH + where
                 soft[encoder].update(zip(at.tolist(), features, strict=True))
+    # One number a document, whatever the row or segment; 0 is padding's.
+    assert all(len(found) == 1 for found in numbers.values())
+    assert len(set.union(*numbers.values())) == len(numbers)
+    assert numbers[""] == {0}
     for encoder, expected in soft.items():
         groups = batch.media[encoder]
         found = {}
@@ -159,10 +165,34 @@ def test_shapes_and_dtypes_do_not_depend_on_content():
     assert shapes == jax.tree.map(lambda x: (x.shape, x.dtype.name), empty)
     assert shapes.tokens == ((4, LENGTH), "int32")
     assert shapes.weights == ((4, LENGTH), "float32")
+    assert shapes.documents == ((4, LENGTH), "int32")
     visual, sound = shapes.media["visual"], shapes.media["audio"]
     assert visual.values == ((10, 64, 588), "uint8")
     assert sound.values == ((26, 25, 320), "float16")
     assert sound.at == sound.rows == ((26,), "int32")
+
+
+def test_parts_of_a_document_are_told_by_its_number(tmp_path, monkeypatch):
+    """Of one that was cut over sequences, and of two with the same id, from spans or from shards."""
+    rng = np.random.default_rng(0)
+    spans = [text(rng, "long", 0, 2 * LENGTH + 40), text(rng, "é", 0, 30), text(rng, "long", 0, 9)]
+    folder = write_folder(tmp_path / "shards", spans)
+    batch = build_batch([*folder, []], LENGTH, LOW, KINDS)
+    rows = [np.unique(row[row != 0]) for row in batch.documents]
+    assert len(rows) == 4
+    (long,) = rows[0]
+    assert rows[1] == [long]
+    assert set(rows[2]) > {long}
+    assert len(rows[2]) == 2
+    assert batch.segments[2].max() == 3
+    np.testing.assert_array_equal(batch.documents != 0, batch.segments != 0)
+    assert not batch.documents[3].any()
+    plain = build_batch([[*spans] for spans in folder] + [[]], LENGTH, LOW, KINDS)
+    np.testing.assert_array_equal(plain.documents, batch.documents)
+
+    monkeypatch.setattr("gemtool.train.loader.zlib.crc32", lambda _: 0)
+    zero = build_batch([*folder], LENGTH, LOW, KINDS)
+    assert set(np.unique(zero.documents)) == {0, 1}
 
 
 def test_encoders_that_no_kind_needs_are_left_out():

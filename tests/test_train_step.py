@@ -15,11 +15,13 @@ import pytest
 
 from gemtool.model.batch import Batch, MediaGroups
 from gemtool.model.config import ModelConfig
+from gemtool.model.mesh import make_mesh
 from gemtool.model.params import flatten, init_params
 from gemtool.model.transformer import logits
 from gemtool.train.loop import to_json
 from gemtool.train.objectives import next_token_loss
 from gemtool.train.optimizer import FLOOR, Schedule, clip_by_norm, decayed, make_optimizer
+from gemtool.train.placement import place_batches
 from gemtool.train.state import open_run
 from gemtool.train.step import init_state, make_train_step, stack
 
@@ -152,6 +154,23 @@ def test_stacked_batches_have_room_for_all_media():
     assert both.tokens.shape == (2, 2, LENGTH)
     assert both.media["audio"].values.shape == (2, 3, 25, 320)
     assert both.media["audio"].rows.tolist() == [[1, 1, 1], [1, 0, 0]]
+
+
+def test_stacked_batches_know_documents_where_they_are_given():
+    assert stack([random_batch(0), random_batch(1)]).documents is None
+    both = [random_batch(i, documents=np.full((2, LENGTH), i + 1, np.int32)) for i in range(2)]
+    assert stack(both).documents[:, 0, 0].tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_documents_lie_where_segments_do(known):
+    mesh = make_mesh({"data": 2, "context": 2}, jax.devices()[:4])
+    more = {"documents": np.ones((2, LENGTH), np.int32)} if known else {}
+    placed = place_batches(stack([random_batch(0, **more)]), mesh)
+    assert (placed.documents is None) != known
+    if known:
+        assert placed.documents.sharding == placed.segments.sharding
+        assert placed.segments.addressable_shards[0].data.shape == (1, 1, LENGTH // 2)
 
 
 def test_the_schedule():

@@ -70,8 +70,18 @@ def train(
         ),
     ] = None,
     steps: Annotated[
-        int, typer.Option("--steps", metavar="N", min=1, help="Length of the run.")
-    ] = 1000,
+        int | None,
+        typer.Option("--steps", metavar="N", min=1, help="Length of the run; 1,000 by default."),
+    ] = None,
+    stages: Annotated[
+        str | None,
+        typer.Option(
+            "--stages",
+            metavar="FILE",
+            help="Train in stages, which a TOML file lists: how long and how fast each is, and "
+            "whether it trains the trunk or the index; instead of --steps, --lr and --warmup.",
+        ),
+    ] = None,
     batch: Annotated[
         int | None,
         typer.Option("--batch", metavar="N", min=1, help="Sequences in a step; 4 by default."),
@@ -170,6 +180,10 @@ def train(
     precision = None if dtype is None else dtype.value
     sequences = {"batch": batch, "accumulate": accumulate, "data": tuple(data or ())}
     how = {"mesh": mesh, "dtype": precision, "remat": remat, "scan": scan}
+    if compile_only and stages is not None:
+        raise UsageError(
+            "--stages goes without --compile-only, which compiles a trunk's step alone"
+        )
     if data and length is not None:
         raise UsageError("--length: that of the sequences in --data is taken; leave it out")
     if compiled(
@@ -189,6 +203,7 @@ def train(
         init=init,
         vocab=vocab,
         steps=steps,
+        stages=stages,
         batch=4 if batch is None else batch,
         accumulate=accumulate,
         mesh=mesh,

@@ -69,6 +69,11 @@ class Rows(Sequence[Span]):
         """int32 [n]: the tokens of all spans, one after the other."""
         return _join([_values(b.column(_TOKENS)) for b in self._batches], np.int32)
 
+    def documents(self) -> Iterator[pa.DictionaryArray]:
+        """The document of each span, batch by batch."""
+        for batch in self._batches:
+            yield batch.column("doc").dictionary_encode()
+
     @cached_property
     def counts(self) -> np.ndarray:
         """int64 [rows]: tokens of each span."""

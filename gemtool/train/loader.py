@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from gemtool.data.settings import MediaSettings
 from gemtool.data.shards import ShardFolder
 from gemtool.errors import GemtoolError, UsageError
 from gemtool.model.batch import Batch, MediaGroups
-from gemtool.stream.rows import rows_of
+from gemtool.stream.rows import Rows, rows_of
 from gemtool.stream.spans import Span
 
 _PREFETCH = 2
@@ -46,7 +47,7 @@ def build_batch(
         CorruptInput: a payload does not fit its placeholders.
     """
     shape = (len(sequences), length)
-    tokens, segments = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+    tokens, segments, documents = (np.zeros(shape, np.int32) for _ in range(3))
     own_weights = np.zeros(shape, np.float32)
     encoders = sorted({ENCODERS[kind] for kind in kinds if kind in ENCODERS})
     groups: dict[str, list[Groups]] = {encoder: [] for encoder in encoders}
@@ -55,6 +56,7 @@ def build_batch(
         at = rows.positions
         tokens[row, at] = rows.tokens
         segments[row, at] = rows.segments
+        documents[row, at] = _documents(rows)
         own_weights[row, at] = rows.weights()
         for span in rows.media():
             found = media_groups(span, settings)
@@ -77,7 +79,20 @@ def build_batch(
         encoder: _stack(encoder, found, settings, math.prod(shape))
         for encoder, found in groups.items()
     }
-    return Batch(tokens, segments, positions, targets, weights, media)
+    return Batch(tokens, segments, positions, targets, weights, media, documents=documents)
+
+
+def _documents(rows: Rows) -> np.ndarray:
+    """int32 [n]: of each token a number made from the id of its document, never 0.
+
+    Two documents may share one by chance, once in four billion pairs: then they are merely no
+    negatives of one another.
+    """
+    numbers = []
+    for ids in rows.documents():
+        crcs = [zlib.crc32(doc.encode()) or 1 for doc in ids.dictionary.to_pylist()]
+        numbers.append(np.array(crcs, np.uint32).view(np.int32)[ids.indices.to_numpy()])
+    return np.repeat(np.concatenate([np.empty(0, np.int32), *numbers]), rows.counts)
 
 
 def _stack(

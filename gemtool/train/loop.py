@@ -8,7 +8,7 @@ import math
 import time
 import tomllib
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from gemtool.data.arrays import ENCODERS
 from gemtool.data.settings import MediaSettings
 from gemtool.data.shards import ShardFolder
 from gemtool.data.vocab import Vocab
-from gemtool.errors import GemtoolError, UsageError, did_you_mean
+from gemtool.errors import GemtoolError, UsageError, counted, did_you_mean
 from gemtool.model.config import PRESETS, ModelConfig, load_preset
 from gemtool.model.execution import chosen
 from gemtool.model.mesh import open_mesh
@@ -33,8 +33,10 @@ from gemtool.stream.files import printable
 from gemtool.stream.header import provenance
 from gemtool.train.extend import extend_params
 from gemtool.train.loader import Loader, evaluation_batches, open_data, require_match
-from gemtool.train.optimizer import Schedule, default_peak, default_warmup, make_optimizer
+from gemtool.train.optimizer import default_peak, default_warmup, make_optimizer
+from gemtool.train.parts import TRUNK, split
 from gemtool.train.placement import place_batches, state_shardings
+from gemtool.train.stages import Stage, read_stages, require_same, stage_of, stages_of
 from gemtool.train.state import RunFolder, open_run
 from gemtool.train.step import (
     STATE_BYTES,
@@ -45,7 +47,11 @@ from gemtool.train.step import (
     make_train_step,
     restacked,
     stack,
+    with_fresh_moments,
 )
+
+STEPS = 1000
+"""Of a run that is not told how many."""
 
 Row = dict[str, Any]
 
@@ -59,7 +65,8 @@ class TrainOptions:
     model: str | None = None
     init: str | None = None
     vocab: str | None = None
-    steps: int = 1000
+    steps: int | None = None
+    stages: str | None = None
     batch: int = 4
     accumulate: int = 1
     mesh: str | None = None
@@ -88,6 +95,9 @@ def train(options: TrainOptions, emit: Callable[[Row], None]) -> None:
     require_parts(options.batch, options.accumulate)
     if options.model and options.init:
         raise UsageError("--init brings its own model; leave out --model")
+    for name in ("steps", "lr", "warmup"):
+        if options.stages is not None and getattr(options, name) is not None:
+            raise UsageError(f"--{name} goes without --stages: each stage has its own in the file")
     if options.resume and options.force:
         raise UsageError("--resume continues what -f would remove; give one of them")
     setup_jax()
@@ -135,13 +145,20 @@ class _Run:
         asked = options.dtype, options.remat, options.scan
         self.execution = chosen(jax.default_backend(), *asked)
         self.settings = self._settings()
-        self.schedule = Schedule(options.steps, self.settings["lr"], self.settings["warmup"])
+        self.stages = stages_of(self.settings)
+        self.steps: int = self.settings["steps"]
         self.mesh = self._make_mesh()
         stacked = self.execution.stacked
-        self.optimizer = make_optimizer(self.config, stacked)
-        self.shardings = None
-        if self.mesh is not None:
-            self.shardings = state_shardings(self.config, self.optimizer, self.mesh, stacked)
+        # Of each part that some stage trains.
+        parts = dict.fromkeys(stage.train for stage in self.stages)
+        self.optimizers = {part: make_optimizer(self.config, stacked, part) for part in parts}
+        self.shardings = {
+            part: None
+            if self.mesh is None
+            else state_shardings(self.config, optimizer, self.mesh, stacked, part)
+            for part, optimizer in self.optimizers.items()
+        }
+        self.train_steps: dict[tuple[str, int], Any] = {}
         self.eval_step = make_eval_step(self.config, self.execution)
         self._require_memory()
 
@@ -221,28 +238,34 @@ class _Run:
         """What determines the result; of a resumed run, what it began with.
 
         Raises:
-            UsageError, GemtoolError: something else is asked for now. --steps may change.
+            UsageError, GemtoolError: something else is asked for now. --steps may change, and those of
+                the last stage grow.
         """
         options = self.options
         saved = self.record["settings"] if self.record else {}
-        lr, warmup = options.lr, options.warmup
-        if lr is None:
-            lr = saved.get("lr", default_peak(self.config))
-        if warmup is None:
-            warmup = saved.get("warmup", default_warmup(options.steps))
-        settings = {
+        if saved and ("stages" in saved) != (options.stages is not None):
+            raise UsageError(
+                f"{self.folder.path}: was begun {'with' if 'stages' in saved else 'without'} "
+                "--stages; resume it so, or start another run with --init"
+            )
+        settings: Row = {
             "model": self.config.to_dict(),
             "data": self.loader.fingerprint,
             "batch": options.batch,
             "accumulate": options.accumulate,
             "dtype": self.execution.dtype,
             "seed": options.seed,
-            "steps": options.steps,
-            "lr": lr,
-            "warmup": warmup,
         }
+        if options.stages is None:
+            steps = STEPS if options.steps is None else options.steps
+            lr, warmup = options.lr, options.warmup
+            if lr is None:
+                lr = saved.get("lr", default_peak(self.config))
+            if warmup is None:
+                warmup = saved.get("warmup", default_warmup(steps))
+            settings |= {"steps": steps, "lr": lr, "warmup": warmup}
         for name in ("batch", "accumulate", "dtype", "seed", "lr", "warmup"):
-            if saved and saved[name] != settings[name]:
+            if name in saved and saved[name] != settings[name]:
                 raise UsageError(
                     f"{self.folder.path}: was begun with --{name} {saved[name]}, not "
                     f"{settings[name]}; resume it with that, or start another run with --init"
@@ -252,6 +275,16 @@ class _Run:
                 f"{self.folder.path}: was begun with other --data (fingerprint {saved['data']}, "
                 f"now {settings['data']}); resume it with that, or start another run with --init"
             )
+        if options.stages is not None:
+            begun = saved.get("stages", [])
+            sequences = options.batch // options.accumulate
+            stages = read_stages(options.stages, self.config, sequences, begun)
+            if saved:
+                require_same(self.folder.path, begun, stages)
+            settings |= {
+                "steps": sum(stage.steps for stage in stages),
+                "stages": [asdict(stage) for stage in stages],
+            }
         return settings
 
     def _make_mesh(self) -> Mesh | None:
@@ -291,35 +324,42 @@ class _Run:
             if self.vocab.size > self.initial.vocab.size:
                 params = extend_params(params, self.initial.config, self.initial.vocab, self.vocab)
         stacked = self.execution.stacked
+        part = stage_of(self.stages, max(self.start, 1))[0].train
         if self.record is None:
-            state = init_state(self.config, self.optimizer, self.options.seed, params, stacked)
-            # Where it is, told to the arrays, as those of a restored state are: else a resumed run
-            # would be another program.
-            return jax.device_put(state, self.shardings or jax.devices()[0])
+            optimizer, seed = self.optimizers[part], self.options.seed
+            state = init_state(self.config, optimizer, seed, params, stacked, part)
+            return self._placed(state, part)
         self.loader.set_state(self.record["loader"])
         # Its layers lie as those of the run that saved it.
         was_stacked = self.record["stacked"]
-        optimizer = make_optimizer(self.config, was_stacked)
-        like = abstract_state(self.config, optimizer, was_stacked)
+        optimizer = make_optimizer(self.config, was_stacked, part)
+        like = abstract_state(self.config, optimizer, was_stacked, part)
         if self.mesh is not None:
-            places = state_shardings(self.config, optimizer, self.mesh, was_stacked)
+            places = state_shardings(self.config, optimizer, self.mesh, was_stacked, part)
             like = jax.tree.map(lambda x, where: x.update(sharding=where), like, places)
         state = restacked(self.config, self.folder.restore(self.start, like), stacked)
-        return jax.device_put(state, self.shardings or jax.devices()[0])
+        return self._placed(state, part)
+
+    def _placed(self, state: TrainState, part: str) -> TrainState:
+        """Where it is, told to the arrays, as those of a restored state are: else a resumed run would
+        be another program."""
+        return jax.device_put(state, self.shardings[part] or jax.devices()[0])
 
     # The run
 
     def go(self) -> None:
         options = self.options
-        if self.record is not None and self.start >= options.steps:
+        if self.record is not None and self.start >= self.steps:
             if self._exported_step() != self.start:  # killed between state and checkpoint
                 self._export(self.start, self._restore_or_begin().params)
             log.info(f"{self.folder.path}: finished already, at step {self.start:,}")
             return
-        if self.record is not None and self.record["settings"]["steps"] != options.steps:
+        if self.record is not None and self.record["settings"]["steps"] != self.steps:
+            was = self.record["settings"]["steps"]
+            begun = f"--steps {was}" if options.stages is None else f"--stages of {was} steps"
             log.warning(
-                f"the run was begun with --steps {self.record['settings']['steps']}; its learning "
-                f"rate now falls until step {options.steps}"
+                f"the run was begun with {begun}; its learning rate now falls until step "
+                f"{self.steps}"
             )
         total, active = count_params(self.config)
         log.info(
@@ -329,28 +369,31 @@ class _Run:
             + "; the first step takes longer, as it is compiled"
         )
         state = self._restore_or_begin()
-        train_step = make_train_step(self.config, self.optimizer, self.shardings, self.execution)
         with (
             contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh),
             # A step consumes the state that it changes, so it is never interrupted half-way.
             signals.deferred("saving after this step") as stop,
-            log.progress("train", options.steps, unit="steps", start=self.start) as bar,
+            log.progress("train", self.steps, unit="steps", start=self.start) as bar,
         ):
-            for step in range(self.start + 1, options.steps + 1):
+            for step in range(self.start + 1, self.steps + 1):
+                stage, before = stage_of(self.stages, step)
+                if step in (self.start + 1, before + 1):
+                    state = self._enter(stage, state, afresh=1 < step == before + 1)
                 began = time.perf_counter()
                 batches = [next(self.loader) for _ in range(options.accumulate)]
                 tokens = sum(int(np.count_nonzero(batch.segments)) for batch in batches)
-                rate = self.schedule.rate(step)
+                rate = stage.schedule.rate(step - before)
                 stacked = stack(batches)
                 if self.mesh is not None:
                     stacked = place_batches(stacked, self.mesh)
-                state, metrics = train_step(state, stacked, rate)
+                state, metrics = self._train_step(stage)(state, stacked, rate)
                 values = {name: _shortest(value) for name, value in metrics.items()}
                 seconds = time.perf_counter() - began
                 self.tokens += tokens
                 has_targets = any(np.any(batch.weights) for batch in batches)
                 row: Row = {
                     "step": step,
+                    **({} if options.stages is None else {"stage": stage.name}),
                     "loss": values.pop("loss"),
                     "tokens": self.tokens,
                     "tokens_per_s": round(tokens / seconds, 1),
@@ -358,12 +401,12 @@ class _Run:
                     **values,
                     "seconds": round(seconds, 4),
                 }
-                is_last = step == options.steps
+                is_last, ends = step == self.steps, step == before + stage.steps
                 is_finite = math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])
-                if not has_targets:
+                if not has_targets and stage.train == TRUNK:
                     row["loss"] = None
                     row["reason"] = "loss: the batch has no target"
-                if is_finite and (is_last or step % options.eval_every == 0):
+                if is_finite and (ends or step % options.eval_every == 0):
                     row |= self._evaluate(state.params)
                 row = strict(row)
                 self.emit(row)
@@ -371,15 +414,45 @@ class _Run:
                     self._fail(step)
                 self.last = {k: v for k, v in row.items() if k not in ("seconds", "tokens_per_s")}
                 stops_here = bool(stop) and not is_last  # a signal after this is for the next step
-                if is_last or stops_here or step % options.save_every == 0:
+                if ends or stops_here or step % options.save_every == 0:
                     self._save(step, state)
                 loss = "no target" if row["loss"] is None else f"loss {row['loss']:.3f}"
-                bar.update(1, f"{loss}, {tokens / seconds:,.0f} tokens/s")
+                name = "" if options.stages is None else f"{stage.name}, "
+                bar.update(1, f"{name}{loss}, {tokens / seconds:,.0f} tokens/s")
                 if stops_here:
                     self.folder.finish()
                     log.info(f"{self.folder.path}: saved step {step:,}; continue with --resume")
                     raise SystemExit(128 + stop[0])
         self.folder.finish()
+
+    def _enter(self, stage: Stage, state: TrainState, *, afresh: bool) -> TrainState:
+        """The state for the steps of a stage that come now; `afresh`: that of the stage before."""
+        part = stage.train
+        if self.options.stages is not None:
+            trained, _ = split(state.params, part)
+            count = sum(leaf.size for leaf in jax.tree.leaves(trained))
+            log.info(
+                f"stage {stage.name}: {counted(stage.steps, 'step')} train {count:,} parameters "
+                f"({part})"
+            )
+        if not afresh:
+            return state
+        optimizer, shardings = self.optimizers[part], self.shardings[part]
+        return self._placed(with_fresh_moments(state, optimizer, part, shardings), part)
+
+    def _train_step(self, stage: Stage) -> Any:
+        """The step of a stage; stages of a kind share one."""
+        kind = part, negatives = stage.train, stage.negatives
+        if kind not in self.train_steps:
+            self.train_steps[kind] = make_train_step(
+                self.config,
+                self.optimizers[part],
+                self.shardings[part],
+                self.execution,
+                part,
+                negatives,
+            )
+        return self.train_steps[kind]
 
     def _evaluate(self, params: Tree) -> Row:
         """Mean loss over the evaluation shards, if there are any."""
@@ -399,7 +472,11 @@ class _Run:
         rest = "nothing was saved" if kept is None else f"the state of step {kept:,} is kept"
         raise GemtoolError(
             f"step {step}: the loss or its gradient is no longer finite; {rest}; "
-            "try a lower --lr or a longer --warmup"
+            + (
+                "try a lower --lr or a longer --warmup"
+                if self.options.stages is None
+                else "try a lower lr or a longer warmup of its stage"
+            )
         )
 
     def _save(self, step: int, state: TrainState) -> None:

@@ -12,6 +12,7 @@ import optax
 
 from gemtool.model.config import ModelConfig
 from gemtool.model.params import ParamSpec, Tree, map_specs
+from gemtool.train.parts import TRUNK, split
 
 B1, B2 = 0.9, 0.95
 WEIGHT_DECAY = 0.1
@@ -49,14 +50,18 @@ def default_warmup(steps: int) -> int:
     return min(max(steps // 10, 1), 1000)
 
 
-def make_optimizer(config: ModelConfig, stacked: bool = False) -> optax.GradientTransformation:
-    """The optimizer of a model's parameters, `stacked` or not. Its updates are still to be multiplied
-    by minus the learning rate, which is an argument of the step: a program serves any schedule.
+def make_optimizer(
+    config: ModelConfig, stacked: bool = False, part: str = TRUNK
+) -> optax.GradientTransformation:
+    """The optimizer of a part of a model's parameters (see parts.py), `stacked` or not; it knows of no
+    others. Its updates are still to be multiplied by minus the learning rate, which is an argument of
+    the step: a program serves any schedule.
     """
+    decaying, _ = split(decayed(config, stacked), part)
     chain = optax.chain(
         clip_by_norm(CLIP),
         optax.scale_by_adam(B1, B2),
-        optax.add_decayed_weights(WEIGHT_DECAY, decayed(config, stacked)),
+        optax.add_decayed_weights(WEIGHT_DECAY, decaying),
     )
 
     def update(*arguments: Any) -> Any:

@@ -12,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from gemtool.model.batch import Batch
 from gemtool.model.config import ModelConfig
 from gemtool.model.mesh import param_shardings, partition
+from gemtool.train.parts import TRUNK, split
 from gemtool.train.step import TrainState, abstract_state
 
 
@@ -20,8 +21,10 @@ def state_shardings(
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
     stacked: bool = False,
+    part: str = TRUNK,
 ) -> TrainState:
-    """A `NamedSharding` for every array of a state: moments lie where their parameters do."""
+    """A `NamedSharding` for every array of a state, `optimizer` that of a part of the parameters:
+    moments lie where their parameters do."""
     params, everywhere = (
         param_shardings(config, mesh, stacked),
         NamedSharding(mesh, PartitionSpec()),
@@ -29,8 +32,8 @@ def state_shardings(
     moments = optax.tree_map_params(
         optimizer,
         lambda _, sharding: sharding,
-        abstract_state(config, optimizer, stacked).optimizer,
-        params,
+        abstract_state(config, optimizer, stacked, part).optimizer,
+        split(params, part)[0],
         transform_non_params=lambda _: everywhere,
     )
     return TrainState(params, moments, everywhere)
@@ -47,7 +50,8 @@ def place_batches(batches: Batch, mesh: Mesh) -> Batch:
 
     rows: dict[str, Any] = {
         name: put(getattr(batches, name), None, "batch", "length")
-        for name in ("tokens", "segments", "positions", "targets", "weights")
+        for name in ("tokens", "segments", "positions", "targets", "weights", "documents")
+        if getattr(batches, name) is not None
     }
     media = jax.tree.map(lambda x: put(x, *[None] * x.ndim), batches.media)
     return Batch(**rows, media=media)
