@@ -69,6 +69,33 @@ def test_every_context_hides_its_needle_once(vocab: Vocab, haystack: str) -> Non
             assert case.context[case.needle_at - 1] in ends
 
 
+def test_a_shared_context_hides_all_needles_of_a_length(vocab: Vocab, haystack: str) -> None:
+    found = list(
+        cases(vocab, haystack, lengths=[900], depths=7, repetitions=2, seed=3, shared=True)
+    )
+    assert [(c.depth, c.case) for c in found] == [
+        (pytest.approx(row / 6), case) for case in (0, 1) for row in range(7)
+    ]
+    for case in (0, 1):
+        same = [c for c in found if c.case == case]
+        assert len({id(c.haystack) for c in same}) == 1
+        context = same[0].context
+        assert len(context) == 900
+        text = vocab.decode(context)
+        assert text.count("The special magic") == 7
+        assert len({c.question for c in same}) == len({c.answer for c in same}) == 7
+        for one in same:
+            city = one.question.removeprefix("What is the special magic ").removesuffix(" number?")
+            needle = NEEDLE.format(city=city, number=one.answer)
+            assert text.count(needle) == 1
+            size = len(vocab.encode(" " + needle))
+            assert needle in vocab.decode(context[one.needle_at : one.needle_at + size])
+        assert [c.needle_at for c in same] == sorted(c.needle_at for c in same)
+    assert not np.array_equal(found[0].context, found[-1].context)
+    with pytest.raises(UsageError, match="--shared: a haystack holds"):
+        list(cases(vocab, haystack, lengths=[9000], depths=200, repetitions=1, seed=3, shared=True))
+
+
 def test_a_case_depends_on_its_place_and_the_seed_only(vocab: Vocab, haystack: str) -> None:
     alone = cases(vocab, haystack, lengths=[2000], depths=3, repetitions=1, seed=0)
     known = {(c.depth, c.case): c for c in some_cases(vocab, haystack) if c.length == 2000}
@@ -156,9 +183,26 @@ def test_a_row_a_case(gemtool: Command, checkpoint: Path, tmp_path: Path) -> Non
     ]
 
 
+def test_one_prefill_for_a_shared_context(
+    gemtool: Command, checkpoint: Path, tmp_path: Path
+) -> None:
+    options = "--ckpt", checkpoint, "--lengths", "400", "--depths", "3", "--cases", "2", "--shared"
+    done = gemtool("probe", "needle", *options)
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [(row["case"], row["depth"]) for row in rows] == [
+        (case, depth) for case in (0, 1) for depth in (0.0, 0.5, 1.0)
+    ]
+    assert all(row["shared"] for row in rows)
+    assert len({row["prefill_seconds"] for row in rows}) == 2
+    # Each is asked of the context as it was, whoever was asked before.
+    (tmp_path / "rows.jsonl.partial").write_bytes(b"".join(done.stdout.splitlines(True)[:2]))
+    gemtool("probe", "needle", *options, "-o", "rows.jsonl", "--resume")
+    assert without_time((tmp_path / "rows.jsonl").read_bytes()) == without_time(done.stdout)
+
+
 def without_time(data: bytes) -> list[dict[str, object]]:
     rows = [json.loads(line) for line in data.splitlines()]
-    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+    return [{key: value for key, value in row.items() if "seconds" not in key} for row in rows]
 
 
 def test_killed_and_resumed(gemtool: Command, checkpoint: Path, tmp_path: Path) -> None:

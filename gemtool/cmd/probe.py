@@ -5,10 +5,10 @@ from __future__ import annotations
 import gzip
 import hashlib
 import importlib.resources
+import itertools
 import os
 import time
 import zlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,7 +20,7 @@ from gemtool.errors import CorruptInput, GemtoolError, UsageError, did_you_mean,
 from gemtool.probes import PROBES
 
 if TYPE_CHECKING:
-    from gemtool.infer.engine import Engine
+    from gemtool.infer.engine import Engine, Sequence
     from gemtool.probes.needle import Case
 
 
@@ -53,6 +53,14 @@ def probe(
         list[Path] | None,
         typer.Option("--haystack", metavar="FILE", help="Text to hide the needle in, or more."),
     ] = None,
+    shared: Annotated[
+        bool,
+        typer.Option(
+            "--shared/--no-shared",
+            help="Hide the needles of all depths in one context, and ask for each: one prefill "
+            "instead of as many as depths.",
+        ),
+    ] = False,
     prefix: Annotated[
         bool, typer.Option("--prefix/--no-prefix", help="Begin the model's turn for it.")
     ] = True,
@@ -89,7 +97,13 @@ def probe(
     checkpoint = open_checkpoint(ckpt)
     wanted = list(
         needle.cases(
-            checkpoint.vocab, text, lengths=grid, depths=depths, repetitions=cases, seed=seed
+            checkpoint.vocab,
+            text,
+            lengths=grid,
+            depths=depths,
+            repetitions=cases,
+            seed=seed,
+            shared=shared,
         )
     )
     run = {
@@ -97,6 +111,7 @@ def probe(
         "model": checkpoint.fingerprint,
         "seed": seed,
         "prefix": prefix,
+        "shared": shared,
         "haystack": hashlib.sha256(text.encode()).hexdigest()[:16],
     }
     if target is not None and target.exists() and not force:
@@ -116,15 +131,24 @@ def probe(
     with RowLog(target, run, wanted, resume=resume, force=force) as rows:
         engine = Engine(checkpoint, mesh=devices)
         require_memory(engine, grid)
-        total = sum(case.length for case in wanted)
+        contexts = [list(same) for _, same in itertools.groupby(wanted, lambda c: id(c.haystack))]
+        total = sum(same[0].length for same in contexts)
         with log.progress(f"probe {name}", total=total, unit="tokens") as bar:
-            for case in wanted:
-                row = rows.done.get((case.length, case.depth, case.case))
-                if row is None:
-                    row = {**run, **run_case(engine, case, bar.update, prefix=prefix)}
-                    rows.add(row, shown=not summary)
-                else:
-                    bar.update(case.length)
+            for same in contexts:
+                ask = [c for c in same if (c.length, c.depth, c.case) not in rows.done]
+                if not ask:
+                    bar.update(same[0].length)
+                    continue
+                started = time.perf_counter()
+                context = engine.prefill(ask[0].context, bar.update)
+                context.wait()
+                prefill = time.perf_counter() - started
+                for case in ask:
+                    row = run_case(engine, context, case, prefix=prefix)
+                    rows.add(
+                        {**run, **row, "prefill_seconds": round(prefill, 3)}, shown=not summary
+                    )
+                del context  # before the next one is made
         found = [rows.done[case.length, case.depth, case.case] for case in wanted]
         if summary:
             rows.summary = [{**run, **cell} for cell in cells(found)]
@@ -174,18 +198,13 @@ def draw(rows: list[dict[str, Any]], plot: Path, title: str) -> None:
     plot_heat_map(rows, plot, title=f"{title}, recall {score:.2f} of {count} cases")
 
 
-def run_case(
-    engine: Engine, case: Case, on_tokens: Callable[[int], None], *, prefix: bool
-) -> dict[str, Any]:
-    """Prefills the context, asks the question greedily, and scores the answer.
-
-    `on_tokens` gets the number of tokens of each part of the context that went in.
-    """
+def run_case(engine: Engine, context: Sequence, case: Case, *, prefix: bool) -> dict[str, Any]:
+    """Asks a context the question of a case greedily, and scores the answer."""
     from gemtool.probes import needle
 
     started = time.perf_counter()
     answer = engine.ask(
-        engine.prefill(case.context, on_tokens),
+        context,
         case.question,
         prefix=case.prefix if prefix else "",
         max_tokens=2 * needle.NUMBER_DIGITS + (0 if prefix else 24),

@@ -3,6 +3,10 @@
 One sentence, "The special magic {city} number is: {number}", is put at a depth of a haystack of
 essays that is repeated to the length; city and number differ in every case. The model is asked for
 the number. Depths are spaced linearly from the start to the end of the haystack.
+
+With `shared`, the needles of all depths are in one haystack, each with a city of its own, and each is
+asked for by itself: of a length and repetition, one context for all. Harder, as the other needles are
+near misses, and as much cheaper as there are depths.
 """
 
 from __future__ import annotations
@@ -51,17 +55,37 @@ class Case:
     answer: str
     needle_at: int
     """Token position of the needle in the context."""
-    _needle: np.ndarray = field(repr=False, compare=False)
-    _straw: np.ndarray = field(repr=False, compare=False)
-    _first: int = field(repr=False, compare=False)
-    """Where in the straw the haystack begins."""
+    haystack: Haystack = field(repr=False, compare=False)
+    """Cases of the same object share a context."""
 
     @property
     def context(self) -> np.ndarray:
         """int32 [length], built when it is asked for: a grid of long contexts fills no memory."""
-        hay = np.resize(np.roll(self._straw, -self._first), self.length - len(self._needle))
-        parts = hay[: self.needle_at], self._needle, hay[self.needle_at :]
-        return np.concatenate(parts).astype(np.int32)
+        return self.haystack.build()
+
+
+@dataclass(frozen=True, eq=False)
+class Haystack:
+    """Straw with needles in it."""
+
+    length: int
+    straw: np.ndarray
+    """int32 [n], repeated to the length."""
+    first: int
+    """Where in the straw it begins."""
+    needles: tuple[np.ndarray, ...]
+    places: tuple[int, ...]
+    """How much straw is before each needle, ascending."""
+
+    def build(self) -> np.ndarray:
+        """int32 [length]."""
+        room = self.length - sum(map(len, self.needles))
+        hay = np.resize(np.roll(self.straw, -self.first), room)
+        parts, at = [], 0
+        for needle, place in zip(self.needles, self.places, strict=True):
+            parts += [hay[at:place], needle]
+            at = place
+        return np.concatenate([*parts, hay[at:]]).astype(np.int32)
 
 
 def cases(
@@ -72,29 +96,39 @@ def cases(
     depths: int,
     repetitions: int,
     seed: int,
+    shared: bool = False,
 ) -> Iterator[Case]:
     """Every case of the grid, shortest first; each depends on its place and the seed only.
+    Those that share a haystack come one after the other.
 
     Args:
         haystack: text without the needle; it is repeated to the length.
         lengths: context lengths in tokens.
         depths: how many depths, linearly spaced from 0 to 1 (one alone is 0.5).
         repetitions: cases a cell, each with its own city, number and start in the haystack.
+        shared: whether the needles of all depths of a length and repetition lie in one haystack.
 
     Raises:
         GemtoolError: the haystack is too short.
-        UsageError: a length has no room for the needle.
+        UsageError: a length has no room for the needle, or there are more depths than cities.
     """
+    if shared and depths > len(CITIES):
+        raise UsageError(f"--shared: a haystack holds {len(CITIES)} needles, not {depths}")
     straw = vocab.encode(haystack)
     ends = sentence_ends(vocab, straw)
     if len(straw) < 200 or len(ends) < 2:
         raise GemtoolError("the haystack needs at least a few sentences of text")
     places = [0.5] if depths == 1 else np.linspace(0.0, 1.0, depths).tolist()
     for length in sorted(lengths):
+        if shared:
+            for case in range(repetitions):
+                rng = np.random.default_rng([seed, length, depths, case])
+                yield from _cases(vocab, straw, ends, length, places, case, rng)
+            continue
         for row, depth in enumerate(places):
             for case in range(repetitions):
                 rng = np.random.default_rng([seed, length, row, depths, case])
-                yield _case(vocab, straw, ends, length, depth, case, rng)
+                yield from _cases(vocab, straw, ends, length, [depth], case, rng)
 
 
 def sentence_ends(vocab: Vocab, tokens: np.ndarray) -> np.ndarray:
@@ -103,37 +137,44 @@ def sentence_ends(vocab: Vocab, tokens: np.ndarray) -> np.ndarray:
     return np.flatnonzero(np.isin(tokens, closing)) + 1
 
 
-def _case(
+def _cases(
     vocab: Vocab,
     straw: np.ndarray,
     ends: np.ndarray,
     length: int,
-    depth: float,
+    depths: list[float],
     case: int,
     rng: np.random.Generator,
-) -> Case:
-    city = str(rng.choice(CITIES))
-    number = str(rng.integers(10 ** (NUMBER_DIGITS - 1), 10**NUMBER_DIGITS))
-    needle = vocab.encode(" " + NEEDLE.format(city=city, number=number))
-    room = length - len(needle)
+) -> Iterator[Case]:
+    """The cases of one haystack, a needle a depth, in ascending order."""
+    cities = [str(city) for city in rng.choice(CITIES, size=len(depths), replace=False)]
+    smallest, largest = 10 ** (NUMBER_DIGITS - 1), 10**NUMBER_DIGITS
+    numbers = [str(number) for number in rng.integers(smallest, largest, size=len(depths))]
+    needles = tuple(
+        vocab.encode(" " + NEEDLE.format(city=city, number=number))
+        for city, number in zip(cities, numbers, strict=True)
+    )
+    sizes = [len(needle) for needle in needles]
+    room = length - sum(sizes)
     if room < SMALLEST_HAYSTACK:
         raise UsageError(
             f"a length of {length:,} has no room for needle and haystack; the shortest here is "
-            f"{len(needle) + SMALLEST_HAYSTACK}"
+            f"{sum(sizes) + SMALLEST_HAYSTACK}"
         )
     first = int(rng.choice(ends))
-    return Case(
-        length=length,
-        depth=depth,
-        case=case,
-        question=QUESTION.format(city=city),
-        prefix=PREFIX.format(city=city),
-        answer=number,
-        needle_at=_nearest_end(ends, len(straw), first, round(depth * room), room),
-        _needle=needle,
-        _straw=straw,
-        _first=first,
-    )
+    found = [_nearest_end(ends, len(straw), first, round(depth * room), room) for depth in depths]
+    haystack = Haystack(length, straw, first, needles, tuple(found))
+    for i, (city, number) in enumerate(zip(cities, numbers, strict=True)):
+        yield Case(
+            length=length,
+            depth=depths[i],
+            case=case,
+            question=QUESTION.format(city=city),
+            prefix=PREFIX.format(city=city),
+            answer=number,
+            needle_at=found[i] + sum(sizes[:i]),
+            haystack=haystack,
+        )
 
 
 def _nearest_end(ends: np.ndarray, period: int, first: int, wanted: int, room: int) -> int:
