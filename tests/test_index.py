@@ -13,10 +13,11 @@ import optax
 import pytest
 
 from gemtool.errors import GemtoolError
-from gemtool.model import attention, index, params, transformer
+from gemtool.model import attention, index, params, stacking, transformer
 from gemtool.model import cache as caches
 from gemtool.model.batch import Batch
 from gemtool.model.config import ModelConfig
+from gemtool.model.execution import Execution
 from gemtool.model.kinds import IndexConfig, LayerKind
 from tests.test_model import TINY, TOLERANCE, WINDOW, random_params
 
@@ -145,7 +146,8 @@ def test_attends_to_the_blocks_that_score_best() -> None:
     sources = attention._sources(p, KIND, rows)
     u = np.asarray(index.query_vectors(p["index"], sources[0])[0], np.float64)
     keys = np.asarray(index.key_vectors(p["index"], sources[1])[0], np.float64)
-    q, k, v = attention._project(p, CONFIG, KIND, sources)
+    q = attention._queries(p, CONFIG, KIND, sources)
+    k, v = attention._keys_and_values(p, CONFIG, KIND, sources)
     positions = jnp.arange(LENGTH, dtype=jnp.int32)
     q = attention._sharpened(KIND, q, positions[None])
     q, k, v = (np.asarray(a[0], np.float64) for a in (q, k, v))
@@ -258,11 +260,13 @@ def test_weighs_what_candidates_get_of_the_attention() -> None:
     segments = np.repeat([[1, 2, 0]], [36, 20, 8], axis=1)  # block 4 is of both
     batch = packed(tokens_of(6, 1, 64), segments)
     x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 64, 32)).astype(np.float32))
-    _, sums = attention.attend_packed(p, CONFIG, KIND, x, batch, learn_index=True)
+    *_, sums = attention.attend_packed(p, CONFIG, KIND, x, batch, learn_index=True)
 
     rows = jnp.pad(x, ((0, 0), (KIND.conv_tail, 0), (0, 0)))
     padded = jnp.pad(batch.segments, ((0, 0), (KIND.conv_tail, 0)), constant_values=-1)
-    q, k, _ = attention._project(p, CONFIG, KIND, attention._sources(p, KIND, rows, padded))
+    sources = attention._sources(p, KIND, rows, padded)
+    q = attention._queries(p, CONFIG, KIND, sources)
+    k, _ = attention._keys_and_values(p, CONFIG, KIND, sources)
     q = attention._sharpened(KIND, q, jnp.full((1, 1), 1_000_000, jnp.int32))  # `horizon`
     q, k = (np.asarray(a[0], np.float64) for a in (q, k))
     weight = 0.0
@@ -309,11 +313,13 @@ def test_negatives_are_the_keys_of_other_rows() -> None:
     p = random_params(CONFIG)["layers"]["1"]["attention"]
     batch = packed(tokens_of(9, 2, 24), np.repeat([[1, 2, 0]], [10, 8, 6], axis=1).repeat(2, 0))
     x = jnp.asarray(np.random.default_rng(1).normal(size=(2, 24, 32)).astype(np.float32))
-    found, _ = attention.attend_packed(p, CONFIG, KIND, x, batch, negatives=1)
+    found, *_ = attention.attend_packed(p, CONFIG, KIND, x, batch, negatives=1)
     segments = np.asarray(batch.segments)
     rows = jnp.pad(x, ((0, 0), (KIND.conv_tail, 0), (0, 0)))
     seg = jnp.pad(batch.segments, ((0, 0), (KIND.conv_tail, 0)), constant_values=-1)
-    q, k, v = attention._project(p, CONFIG, KIND, attention._sources(p, KIND, rows, seg))
+    sources = attention._sources(p, KIND, rows, seg)
+    q = attention._queries(p, CONFIG, KIND, sources)
+    k, v = attention._keys_and_values(p, CONFIG, KIND, sources)
     q = attention._sharpened(KIND, q, batch.positions)
     q, k, v = (np.asarray(a, np.float64) for a in (q, k, v))
     for b in range(2):
@@ -348,6 +354,115 @@ def test_negatives_need_to_know_the_documents() -> None:
     batch = dataclasses.replace(packed(tokens_of(11)), documents=None)
     with pytest.raises(ValueError, match="which documents"):
         transformer.forward(random_params(CONFIG), CONFIG, batch, negatives=1)
+
+
+# Layers that share another's keys and values
+
+
+def sharing(attention: str = "indexed", layers: str = "LGLSSL", **changes: Any) -> ModelConfig:
+    index = dataclasses.replace(INDEX, **changes) if attention == "indexed" else None
+    source = dataclasses.replace(KIND, attention=attention, index=index)
+    own = {"tie_qk_init": False, "key_shift": 0, "qk_conv": 3, "length_scale": 0.1}
+    sharer = dataclasses.replace(source, letter="S", shares="G", heads=4, **own)
+    return dataclasses.replace(CONFIG, kinds=(WINDOW, source, sharer), layers=layers)
+
+
+@pytest.mark.parametrize("attention", ["full", "indexed"])
+def test_shared_keys_in_steps_equal_the_whole(attention: str) -> None:
+    config = sharing(attention, **({"select": 32} if attention == "indexed" else {}))
+    p, tokens = random_params(config), tokens_of(1)
+    whole, _ = jax.jit(transformer.forward, static_argnums=1)(p, config, packed(tokens))
+    found, cache = in_steps(p, config, tokens, [64, 1, 63, 22], 3)
+    np.testing.assert_allclose(found, whole, atol=TOLERANCE["float32"], rtol=0)
+    assert caches.full_layers(config) == (1,)
+    assert [layer.k is None for layer in cache.layers] == [False, False, False, True, True, False]
+    assert not {"k", "v"} & set(p["layers"]["3"]["attention"])
+
+
+def test_shared_keys_do_not_depend_on_how_a_sequence_is_cut() -> None:
+    p, tokens = random_params(sharing()), tokens_of(1)
+    wanted, _ = in_steps(p, sharing(), tokens, [LENGTH])
+    found, _ = in_steps(p, sharing(), tokens, [7] * 21 + [3], 2)
+    np.testing.assert_allclose(found, wanted, atol=TOLERANCE["float32"], rtol=0)
+    dense = sharing(select=32)
+    assert np.abs(in_steps(p, dense, tokens, [LENGTH])[0] - wanted).max() > 1e-2
+
+
+def test_the_keys_alone_suffice_for_all_that_share_them() -> None:
+    """The part of a document that nobody scores runs up to the first global layer only."""
+    config = sharing()
+    p, tokens = random_params(config), tokens_of(2)
+    wanted, _ = in_steps(p, config, tokens, [LENGTH])
+    reach = transformer.tail_reach(config)
+    # Two windows, and what each sharer's convolution and its last queries look back to.
+    assert reach == 2 * (15 + 3) + 2 * (2 + 2)
+    first = LENGTH - reach - 1
+    cache = step_kv(
+        p, config, tokens[:, :first], caches.init_cache(config, 2, CAPACITY), jnp.int32(first)
+    )
+    hidden, _ = step(p, config, tokens[:, first:], cache, jnp.int32(reach + 1))
+    np.testing.assert_allclose(hidden[:, -1], wanted[:, -1], atol=1e-4, rtol=0)
+    skipped = {
+        **p,
+        "layers": {
+            i: layer if int(i) < 2 else jax.tree.map(jnp.zeros_like, layer)
+            for i, layer in p["layers"].items()
+        },
+    }
+    again = step_kv(
+        skipped, config, tokens[:, :first], caches.init_cache(config, 2, CAPACITY), jnp.int32(first)
+    )
+    for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(cache), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_indices_of_all_layers_learn_together() -> None:
+    config = sharing()
+    p, batch = random_params(config), packed(tokens_of(4))
+    grads = params.flatten(jax.grad(lambda p: transformer.index_loss(p, config, batch)[0])(p))
+    moved = {path for path, leaf in grads.items() if bool((leaf != 0).any())}
+    assert moved == {path for path in grads if params.is_index(path)}
+    assert "layers/4/attention/index/q" in moved
+    assert "layers/4/attention/index/k" not in grads
+
+
+def test_repeated_layers_share_keys_in_a_scan() -> None:
+    config = sharing(layers="LGLSLSLS")
+    p, batch = random_params(config), packed(tokens_of(3))
+    run = jax.jit(
+        transformer.forward, static_argnums=(1, 3), static_argnames=("negatives", "learn_index")
+    )
+    options = {"negatives": 1, "learn_index": True}
+    wanted, summary = run(p, config, batch, Execution(), **options)
+    stacked = stacking.stack_layers(config, p, lambda *same: jnp.stack(same))
+    assert stacking.STACK in stacked["layers"]
+    for execution in (Execution(stacked=True), Execution(stacked=True, remat=True)):
+        found, other = run(stacked, config, batch, execution, **options)
+        np.testing.assert_allclose(found, wanted, atol=1e-4, rtol=0)
+        for name, value in summary["index"].items():
+            np.testing.assert_allclose(other["index"][name], value, rtol=1e-4, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("layers", "change", "says"),
+    [
+        ("LSG", {}, "one layer, before"),
+        ("LGGS", {}, "one layer, before"),
+        ("LS", {}, "one layer, before"),
+        ("LGS", {"shares": "L"}, "keeps no keys"),
+        ("LGS", {"kv_heads": 2}, "its kv_heads must be that of 'G'"),
+        ("LGS", {"attention": "full", "index": None}, "its attention must be that of 'G'"),
+        ("LGS", {"index": dataclasses.replace(INDEX, sticky=5)}, "its index must be that of 'G'"),
+        ("LGS", {"rope_theta": 1e4}, "its rope_theta must be that of 'G'"),
+        ("LGS", {"key_shift": 1}, "has no keys of its own"),
+        ("LGS", {"attention": "window", "window": 8, "index": None}, "has no keys of its own"),
+    ],
+)
+def test_keys_that_cannot_be_shared(layers: str, change: dict[str, Any], says: str) -> None:
+    config = sharing()
+    with pytest.raises(GemtoolError, match=says):
+        sharer = dataclasses.replace(config.kinds[2], **change)
+        dataclasses.replace(config, layers=layers, kinds=(*config.kinds[:2], sharer))
 
 
 # The configuration

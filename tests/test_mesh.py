@@ -155,7 +155,10 @@ def test_what_an_index_and_negatives_do_is_the_same_on_a_mesh(text: str) -> None
     kinds = {kind.letter: kind for kind in CONFIG.kinds}
     index = IndexConfig(block=4, landmarks=2, dim=4, hidden=8, local=1, select=2)
     kinds["G"] = dataclasses.replace(kinds["G"], attention="indexed", index=index, rope_theta=0.0)
-    config = dataclasses.replace(CONFIG, kinds=tuple(kinds.values()), encoders=())
+    own = {"key_shift": 0, "tie_qk_init": False}
+    kinds["S"] = dataclasses.replace(kinds["G"], letter="S", shares="G", **own)
+    layers = CONFIG.layers + "S"
+    config = dataclasses.replace(CONFIG, layers=layers, kinds=tuple(kinds.values()), encoders=())
     params = init_params(config, jax.random.key(0))
     batch = make_batch()
     documents = np.arange(8, dtype=np.int32)[:, None] * 100 + batch.segments

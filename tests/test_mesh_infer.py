@@ -65,19 +65,15 @@ CONFIG = ModelConfig.from_dict(
     }
 )  # fmt: skip
 
-# The same with an index that leaves out most of what there is.
-_GLOBAL = CONFIG.kinds[1]
+# The same with an index that leaves out most of what there is, and a layer that shares its keys.
+_GLOBAL = dataclasses.replace(
+    CONFIG.kinds[1],
+    attention="indexed",
+    index=IndexConfig(block=8, landmarks=2, dim=4, hidden=8, local=1, select=3, sticky=2),
+)
+_SHARER = dataclasses.replace(_GLOBAL, letter="S", shares="G", key_shift=0)
 INDEXED = dataclasses.replace(
-    CONFIG,
-    kinds=(
-        CONFIG.kinds[0],
-        dataclasses.replace(
-            _GLOBAL,
-            attention="indexed",
-            index=IndexConfig(block=8, landmarks=2, dim=4, hidden=8, local=1, select=3, sticky=2),
-        ),
-        CONFIG.kinds[2],
-    ),
+    CONFIG, layers="LGSC", kinds=(CONFIG.kinds[0], _GLOBAL, _SHARER, CONFIG.kinds[2])
 )
 TILE = 56
 PROMPTS = tuple(np.random.default_rng(5).integers(64, 96, n).astype(np.int32) for n in (9, 40))

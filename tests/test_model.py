@@ -339,7 +339,8 @@ def test_recall_layer_points_at_what_followed_before_training() -> None:
     x = jax.random.normal(jax.random.key(1), (1, 60, 32))
     x = x.at[:, 50:58].set(x[:, 10:18])  # the phrase 10..17 again at 50..57: 58 should find 18
     sources = attention._sources(p, kind, jnp.pad(x, ((0, 0), (4, 0), (0, 0))))
-    q, k, _ = attention._project(p, config, kind, sources)
+    q = attention._queries(p, config, kind, sources)
+    k, _ = attention._keys_and_values(p, config, kind, sources)
     scores = jnp.einsum("hd,sd->hs", q[0, 57], k[0, :58, 0])
     assert int(jnp.argmax(scores)) == 18
 

@@ -47,8 +47,9 @@ def split(config: ModelConfig, cache: Cache) -> tuple[Buffers, Cache]:
         layer = layers[at]
         own, index = {"k": layer.k, "v": layer.v}, layer.index
         if index is not None:
+            assert index.landmarks is not None
             own["landmarks"] = index.landmarks
-            index = replace(index, landmarks=None)  # type: ignore[arg-type]
+            index = replace(index, landmarks=None)
         buffers.append(own)
         layers[at] = replace(layer, k=None, v=None, index=index)  # type: ignore[arg-type]
     return tuple(buffers), Cache(cache.length, tuple(layers))

@@ -25,7 +25,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +38,7 @@ from gemtool.model.buffers import (
     buffer_attention,
     buffer_block_attention,
     buffer_capacity,
+    read_rows,
     write_rows,
 )
 from gemtool.model.config import LayerKind, ModelConfig
@@ -59,6 +61,8 @@ class LayerCache:
     `tail`        float32 [B, conv_tail, D], the last normed hidden rows, newest last; zeros before
                   the beginning.
     `index`       of an indexed layer, else None.
+
+    A layer that shares another's keys has None for `k` and `v`.
     """
 
     k: jax.Array
@@ -69,6 +73,19 @@ class LayerCache:
 
 Sources = tuple[jax.Array, jax.Array, jax.Array]
 """Rows [B, T, D] that queries, keys and values are made from."""
+
+
+class Keys(NamedTuple):
+    """What the queries of whole packed sequences attend to, in a layer or in several that share it.
+
+    `k`, `v`    [B, T, N, K], rotated and rounded.
+    `vectors`   float32 [B, T, I + M], what an index makes of the keys; None where nobody asks.
+    """
+
+    k: jax.Array
+    v: jax.Array
+    vectors: jax.Array | None
+
 
 Extended = tuple[jax.Array, jax.Array, jax.Array, dict[str, Any], LayerCache]
 """Queries, the keys and values that they attend to, which of those they see (options of the kernel),
@@ -82,27 +99,36 @@ def attend_packed(
     x: jax.Array,
     batch: Batch,
     *,
+    shared: Keys | None = None,
     negatives: int = 0,
     learn_index: bool = False,
-) -> tuple[jax.Array, dict[str, jax.Array]]:
+) -> tuple[jax.Array, Keys, dict[str, jax.Array]]:
     """Attention over whole packed sequences, never across segments.
 
     With `negatives`, queries of an unbounded layer without positions also see the keys of so many
     other sequences of the batch, those of parts of their own sequence's documents excepted: what they
     look for is to be told from more than one sequence holds.
 
-    `x` [B, T, D] normed, of the tokens of `batch` -> [B, T, D], and what `index.objective` says of an
-    indexed layer if `learn_index`, else {}.
+    `x` [B, T, D] normed, of the tokens of `batch`; `shared`, the keys of another layer if this one
+    attends to them. Returns [B, T, D], the keys that were attended to, and what `index.objective` says
+    of an indexed layer if `learn_index`, else {}.
     """
     segments, positions = batch.segments, batch.positions
     before = ((0, 0), (kind.conv_tail, 0))
     rows = jnp.pad(x, (*before, (0, 0)))
     sources = _sources(p, kind, rows, jnp.pad(segments, before, constant_values=-1))
-    q, k, v = _project(p, config, kind, sources)
-    turned, k = _rotated(kind, q, positions), _rotated(kind, k, positions)
+    learn_index = learn_index and kind.index is not None
+    if shared is None:
+        k, v = _keys_and_values(p, config, kind, sources)
+        k, vectors = _rotated(kind, k, positions), None
+        if not kind.bounded:
+            k = round_to(k, config.kv_dtype)
+        if learn_index:
+            vectors = index.key_vectors(p["index"], jax.lax.stop_gradient(sources[1]))
+        shared = Keys(k, v, vectors)
+    k, v, vectors = shared
+    turned = _rotated(kind, _queries(p, config, kind, sources), positions)
     q = _sharpened(kind, turned, positions)
-    if not kind.bounded:
-        k = round_to(k, config.kv_dtype)
     visible = segments
     if kind.attention == "chunk":
         visible = chunk_segments(positions, segments, kind.window)
@@ -114,12 +140,18 @@ def attend_packed(
     out = _attend(
         p, kind, (q, k, v), packed_attention, segments=visible, window=window, others=others
     )
-    if not (learn_index and kind.index):
-        return out, {}
+    if not learn_index:
+        return out, shared, {}
+    assert kind.index is not None
+    assert vectors is not None
     documents = segments if batch.documents is None else batch.documents
     far = _sharpened(kind, turned, jnp.full((1, 1), kind.index.horizon, jnp.int32))
-    return out, index.objective(
-        p["index"], kind, sources[:2], (far, k), p.get("sink"), segments, documents
+    return (
+        out,
+        shared,
+        index.objective(
+            p["index"], kind, sources[0], vectors, (far, k), p.get("sink"), segments, documents
+        ),
     )
 
 
@@ -146,14 +178,18 @@ def attend_cached(
     cache: LayerCache,
     length: jax.Array,
     valid: jax.Array,
+    source: LayerCache | None = None,
 ) -> tuple[jax.Array, LayerCache]:
     """Attention of T new positions over the cache and themselves.
 
     `x` [B, T, D] normed; `length` int32 [], positions already cached; `valid` int32 [], how many
-    of the T are real. Returns [B, T, D], of which rows from `valid` on mean nothing, and the cache
+    of the T are real; `source`, where the layer shares another's keys, the cache of that one with the
+    new positions added. Returns [B, T, D], of which rows from `valid` on mean nothing, and the cache
     with the real rows added.
     """
-    extend = _extend_bounded if kind.bounded else _extend_full
+    extend: Callable[..., Extended] = _extend_bounded if kind.bounded else _extend_full
+    if source is not None:
+        extend = partial(_extend_shared, source)
     kernels: dict[str, Callable[..., jax.Array]] = {
         "full": buffer_attention,
         "indexed": buffer_block_attention,
@@ -194,50 +230,94 @@ def _extend_full(
     """
     rows = _after(cache.tail.astype(x.dtype), x)
     sources = _sources(p, kind, rows)
-    q, k, v = _project(p, config, kind, sources)
+    k, v = _keys_and_values(p, config, kind, sources)
     positions = (length + jnp.arange(x.shape[1], dtype=jnp.int32))[None, :]
-    q, k = _sharpened(kind, _rotated(kind, q, positions), positions), _rotated(kind, k, positions)
-    k = round_to(k, config.kv_dtype).astype(cache.k.dtype)
+    k = round_to(_rotated(kind, k, positions), config.kv_dtype).astype(cache.k.dtype)
     v = v.astype(cache.v.dtype)
+    found = cache.index
+    if kind.index is not None and found is not None:
+        vectors = constrain(index.key_vectors(p["index"], sources[1]), None, None, None)
+        found = index.extend_keys(kind.index, found, vectors, length, valid)
     cache = LayerCache(
-        k=write_rows(cache.k, k, length),
-        v=write_rows(cache.v, v, length),
-        tail=_tail(kind, rows, valid).astype(cache.tail.dtype),
-        index=cache.index,
+        write_rows(cache.k, k, length), write_rows(cache.v, v, length), cache.tail, found
     )
+    return _attending(p, config, kind, sources, rows, cache, cache, (k, v), length, valid)
+
+
+def _extend_shared(
+    source: LayerCache,
+    p: Tree,
+    config: ModelConfig,
+    kind: LayerKind,
+    x: jax.Array,
+    cache: LayerCache,
+    length: jax.Array,
+    valid: jax.Array,
+) -> Extended:
+    """Queries that attend to the keys and values of another layer."""
+    rows = _after(cache.tail.astype(x.dtype), x)
+    sources = _sources(p, kind, rows)
+    steps = x.shape[1]
+    new = None
     if kind.index is None:
-        return q, cache.k, cache.v, {"new": (k, v), "length": length}, cache
-    cache, blocks = _extend_index(p["index"], kind.index, sources, cache, positions[0], valid)
+        new = read_rows(source.k, length, steps), read_rows(source.v, length, steps)
+    return _attending(p, config, kind, sources, rows, cache, source, new, length, valid)
+
+
+def _attending(
+    p: Tree,
+    config: ModelConfig,
+    kind: LayerKind,
+    sources: Sources,
+    rows: jax.Array,
+    cache: LayerCache,
+    source: LayerCache,
+    new: tuple[jax.Array, jax.Array] | None,
+    length: jax.Array,
+    valid: jax.Array,
+) -> Extended:
+    """Queries to the buffers of `source`, which have the new positions; `new`, the keys and values of
+    these. The cache is that of the layer, whose tail and index still lack the queries."""
+    steps = sources[0].shape[1]
+    positions = (length + jnp.arange(steps, dtype=jnp.int32))[None, :]
+    q = _rotated(kind, _queries(p, config, kind, sources), positions)
+    q = _sharpened(kind, q, positions)
+    tail = _tail(kind, rows, valid).astype(cache.tail.dtype)
+    cache = dataclasses.replace(cache, tail=tail)
+    if kind.index is None:
+        return q, source.k, source.v, {"new": new, "length": length}, cache
+    cache, blocks = _chosen(p["index"], kind.index, sources[0], cache, source, positions[0], valid)
     attended = {"blocks": blocks, "block": kind.index.block, "length": length}
-    return q, cache.k, cache.v, attended, cache
+    return q, source.k, source.v, attended, cache
 
 
-def _extend_index(
+def _chosen(
     p: Tree,
     config: IndexConfig,
-    sources: Sources,
+    x: jax.Array,
     cache: LayerCache,
+    source: LayerCache,
     positions: jax.Array,
     valid: jax.Array,
 ) -> tuple[LayerCache, jax.Array]:
-    """The cache with the index of new positions int32 [T], and the blocks int32 [B, T, C] that their
-    queries attend to."""
-    past = cache.index
-    assert past is not None
-    queries, keys = index.query_vectors(p, sources[0]), index.key_vectors(p, sources[1])
-    queries, keys = (constrain(x, None, None, None) for x in (queries, keys))
-    now = index.extend(config, past, keys, queries, positions[0], valid)
+    """The cache with the index's queries at positions int32 [T], made from x [B, T, D]; and the blocks
+    int32 [B, T, C] of `source` that they attend to."""
+    assert cache.index is not None
+    assert source.index is not None
+    assert source.index.landmarks is not None
+    vectors = constrain(index.query_vectors(p, x), None, None, None)
+    own, recent = index.extend_queries(config, cache.index, vectors, valid)
     chosen = chosen_blocks(
-        jnp.concatenate([past.queries, queries], axis=1),
-        now.landmarks,
+        recent,
+        source.index.landmarks,
         candidates=index.candidates(config, positions),
         width=index.width(config, positions),
-        most=config.most(buffer_capacity(cache.k)),
+        most=config.most(buffer_capacity(source.k)),
         sticky=config.sticky,
     )
     local = index.local_blocks(config, positions)
     local = jnp.broadcast_to(local[None], (*chosen.shape[:2], local.shape[1]))
-    cache = dataclasses.replace(cache, index=now)
+    cache = dataclasses.replace(cache, index=own)
     return cache, jnp.concatenate([local, chosen], axis=2)
 
 
@@ -254,7 +334,9 @@ def _extend_bounded(
     the step."""
     steps, window = x.shape[1], kind.window
     rows = _after(cache.tail.astype(x.dtype), x)
-    q, k, v = _project(p, config, kind, _sources(p, kind, rows))
+    sources = _sources(p, kind, rows)
+    q = _queries(p, config, kind, sources)
+    k, v = _keys_and_values(p, config, kind, sources)
     k = _after(cache.k, k.astype(cache.k.dtype), "kv_heads", None)
     v = _after(cache.v, v.astype(cache.v.dtype), "kv_heads", None)
     cache = LayerCache(
@@ -339,31 +421,45 @@ def _sources(
     return for_q, for_k, for_v
 
 
-def _project(
-    p: Tree, config: ModelConfig, kind: LayerKind, sources: Sources
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Queries [B, T, H, K], keys and values [B, T, N, K] of their sources, unrotated.
-
-    Values, and keys that are cached unrotated, come rounded for the cache.
-    """
-    for_q, for_k, for_v = sources
-    q = jnp.einsum("btd,dhk->bthk", for_q, p["q"])
-    k = jnp.einsum("btd,dnk->btnk", for_k, p["k"])
-    v = jnp.einsum("btd,dnk->btnk", for_v, p["v"])
+def _queries(p: Tree, config: ModelConfig, kind: LayerKind, sources: Sources) -> jax.Array:
+    """Queries [B, T, H, K] of their sources, unrotated."""
+    q = jnp.einsum("btd,dhk->bthk", sources[0], p["q"])
     if kind.qkv_bias:
-        q, k, v = (x + p[f"{n}_bias"][None, None] for n, x in zip("qkv", (q, k, v), strict=True))
+        q = q + p["q_bias"][None, None]
+    q = _normed(p, config, kind, q, "q_norm")
     if kind.qk_norm == "unit":
-        q, k = unit_norm(q), unit_norm(k)
         q = q * jnp.exp(p["log_temperature"]).astype(q.dtype)[None, None, :, None]
-    elif kind.qk_norm == "rms":
-        q, k = norm(config, q, p["q_norm"]), norm(config, k, p["k_norm"])
-    elif kind.qk_norm == "rms_joint":
-        q, k = _joint_norm(config, q, p["q_norm"]), _joint_norm(config, k, p["k_norm"])
-    elif kind.qk_norm == "rms_plain":
-        q, k = plain_rms_norm(q, config.norm_eps), plain_rms_norm(k, config.norm_eps)
+    return q
+
+
+def _keys_and_values(
+    p: Tree, config: ModelConfig, kind: LayerKind, sources: Sources
+) -> tuple[jax.Array, jax.Array]:
+    """Keys and values [B, T, N, K] of their sources, unrotated. Values, and keys that are cached
+    unrotated, come rounded for the cache."""
+    k = jnp.einsum("btd,dnk->btnk", sources[1], p["k"])
+    v = jnp.einsum("btd,dnk->btnk", sources[2], p["v"])
+    if kind.qkv_bias:
+        k, v = k + p["k_bias"][None, None], v + p["v_bias"][None, None]
+    k = _normed(p, config, kind, k, "k_norm")
     if kind.bounded:
         k = round_to(k, config.kv_dtype)
-    return q, k, round_to(v, config.kv_dtype)
+    return k, round_to(v, config.kv_dtype)
+
+
+def _normed(p: Tree, config: ModelConfig, kind: LayerKind, x: jax.Array, scale: str) -> jax.Array:
+    """Queries or keys [B, T, H, K] as `qk_norm` says."""
+    match kind.qk_norm:
+        case "unit":
+            return unit_norm(x)
+        case "rms":
+            return norm(config, x, p[scale])
+        case "rms_joint":
+            return _joint_norm(config, x, p[scale])
+        case "rms_plain":
+            return plain_rms_norm(x, config.norm_eps)
+        case _:
+            return x
 
 
 def _joint_norm(config: ModelConfig, x: jax.Array, scale: jax.Array) -> jax.Array:

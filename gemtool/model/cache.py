@@ -50,18 +50,23 @@ def abstract_cache(
     for kind in config.layer_kinds:
         size = (batch_size, capacity, kind.kv_heads, kind.head_dim)
         shape = (batch_size, kind.window, *size[2:]) if kind.bounded else buffer_shape(*size, mesh)
-        rows = array(shape, jnp.dtype(config.kv_dtype), _axes(kind, mesh))
+        rows = None if kind.shares else array(shape, jnp.dtype(config.kv_dtype), _axes(kind, mesh))
         tail = array((batch_size, kind.conv_tail, config.d_model), jnp.float32, (None,) * 3)
         index = None
         if kind.index is not None:
             found = kind.index
             blocks = block_capacity(found, math.prod(shape[1:-2]))
-            sizes = (
-                (batch_size, found.landmarks, found.dim, blocks),
-                (batch_size, found.block, found.dim + found.landmarks),
-                (batch_size, found.sticky - 1, found.dim),
-            )
-            index = IndexCache(*(array(size, jnp.float32, (None,) * len(size)) for size in sizes))  # type: ignore[arg-type]
+            sizes = {
+                "landmarks": (batch_size, found.landmarks, found.dim, blocks),
+                "pending": (batch_size, found.block, found.dim + found.landmarks),
+                "queries": (batch_size, found.sticky - 1, found.dim),
+            }
+            parts: dict[str, Any] = {
+                name: array(size, jnp.float32, (None,) * len(size)) for name, size in sizes.items()
+            }
+            if kind.shares:
+                parts["landmarks"] = parts["pending"] = None
+            index = IndexCache(**parts)
         layers.append(LayerCache(rows, rows, tail, index))  # type: ignore[arg-type]
     return Cache(array((), jnp.int32, ()), tuple(layers))  # type: ignore[arg-type]
 
@@ -83,7 +88,9 @@ def constrain_cache(config: ModelConfig, cache: Cache) -> Cache:
         return cache
     layers = []
     for kind, layer in zip(config.layer_kinds, cache.layers, strict=True):
-        k, v = (constrain(x, *_axes(kind, mesh)) for x in (layer.k, layer.v))
+        k, v = layer.k, layer.v
+        if not kind.shares:
+            k, v = (constrain(x, *_axes(kind, mesh)) for x in (k, v))
         tail, index = jax.tree.map(
             lambda x: constrain(x, *(None,) * x.ndim), (layer.tail, layer.index)
         )
@@ -99,9 +106,8 @@ def _axes(kind: LayerKind, mesh: Any | None) -> Axes:
 
 
 def full_layers(config: ModelConfig) -> tuple[int, ...]:
-    """Indices of the layers whose keys and values grow with the context."""
-    kinds = enumerate(config.layer_kinds)
-    return tuple(index for index, kind in kinds if not kind.bounded)
+    """Indices of the layers that keep keys and values that grow with the context."""
+    return tuple(index for index, kind in enumerate(config.layer_kinds) if kind.grows)
 
 
 def map_state(config: ModelConfig, cache: Cache, change: Callable[[str, Any], Any]) -> Cache:
@@ -114,8 +120,8 @@ def map_state(config: ModelConfig, cache: Cache, change: Callable[[str, Any], An
         if kind.bounded:
             new |= {name: change(where + name, getattr(layer, name)) for name in "kv"}
         if layer.index is not None:
-            parts = {"pending": layer.index.pending, "queries": layer.index.queries}
-            parts = {name: change(where + name, array) for name, array in parts.items()}
+            kept = {"pending": layer.index.pending, "queries": layer.index.queries}
+            parts = {name: change(where + name, x) for name, x in kept.items() if x is not None}
             new["index"] = dataclasses.replace(layer.index, **parts)
         layers.append(dataclasses.replace(layer, **new))
     return Cache(change("length", cache.length), tuple(layers))

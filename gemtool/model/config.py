@@ -252,6 +252,28 @@ class ModelConfig:
                 f"model: layers {self.layers!r} names the kind {letter!r}, "
                 f"which is not among kinds {', '.join(letters) or '(none)'}",
             )
+        for kind in self.kinds:
+            if kind.shares and kind.letter in self.layers:
+                self._check_shared(kind)
+
+    def _check_shared(self, kind: LayerKind) -> None:
+        """That there is one layer whose keys those of this kind can attend to."""
+        where, letter = f"layer kind {kind.letter!r}", kind.shares
+        require(
+            self.layers.count(letter) == 1
+            and self.layers.index(letter) < self.layers.index(kind.letter),
+            f"{where}: shares the keys of {letter!r}, of which there must be one layer, before its "
+            f"own, not layers {self.layers!r}",
+        )
+        (source,) = (other for other in self.kinds if other.letter == letter)
+        require(source.grows, f"{where}: {letter!r} keeps no keys that could be shared")
+        alike = ("attention", "kv_heads", "head_dim", "rope_theta", "rope_scaling", "index")
+        for name in alike:
+            mine, theirs = getattr(kind, name), getattr(source, name)
+            require(
+                mine == theirs,
+                f"{where}: its {name} must be that of {letter!r}, whose keys it shares: {theirs}",
+            )
 
     @property
     def layer_kinds(self) -> tuple[LayerKind, ...]:
@@ -263,6 +285,11 @@ class ModelConfig:
     def has_index(self) -> bool:
         """Whether any layer's attention is indexed."""
         return any(kind.index is not None for kind in self.layer_kinds)
+
+    def source(self, layer: int) -> int:
+        """The layer whose keys and values a layer attends to: another one where it shares these."""
+        shares = self.layer_kinds[layer].shares
+        return self.layers.index(shares) if shares else layer
 
     def is_moe(self, layer: int) -> bool:
         """Whether the feed-forward part of a layer (counted from 0) is a mixture of experts."""

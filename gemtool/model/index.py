@@ -32,13 +32,15 @@ from gemtool.model.params import Tree
 class IndexCache:
     """What an index keeps of the past, all float32.
 
-    `landmarks`  [B, M, I, J], those of whole blocks; what lies behind them means nothing.
-    `pending`    [B, P, I + M], vectors and logits of the keys of the block that is not whole yet.
+    `landmarks`  [B, M, I, J], those of whole blocks; what lies behind them means nothing. None where
+                 the layer shares another's keys.
+    `pending`    [B, P, I + M], vectors and logits of the keys of the block that is not whole yet; or
+                 None.
     `queries`    [B, sticky - 1, I], vectors of the last queries, newest last.
     """
 
-    landmarks: jax.Array
-    pending: jax.Array
+    landmarks: jax.Array | None
+    pending: jax.Array | None
     queries: jax.Array
 
 
@@ -70,39 +72,40 @@ def summarise(index: IndexConfig, keys: jax.Array) -> jax.Array:
     return means.transpose(0, 1, 3, 2)
 
 
-def extend(
-    index: IndexConfig,
-    cache: IndexCache,
-    keys: jax.Array,
-    queries: jax.Array,
-    length: jax.Array,
-    valid: jax.Array,
+def extend_keys(
+    index: IndexConfig, cache: IndexCache, keys: jax.Array, length: jax.Array, valid: jax.Array
 ) -> IndexCache:
-    """The cache with T new positions, of which the first `valid` are real.
+    """The cache with the keys of T new positions, of which the first `valid` are real.
 
-    `keys` [B, T, I + M] of `key_vectors`, `queries` [B, T, I] of `query_vectors`; `length` int32 [],
-    positions before them. Landmarks of blocks that are not whole are written too, and again later:
-    nobody chooses among them until then.
+    `keys` [B, T, I + M] of `key_vectors`; `length` int32 [], positions before them. Landmarks of
+    blocks that are not whole are written too, and again later: nobody chooses among them until then.
     """
+    assert cache.pending is not None
+    assert cache.landmarks is not None
     batch, steps, width = keys.shape
     block = index.block
     zero, offset = jnp.int32(0), length % block
     count = (block - 1 + steps + block - 1) // block
-    rows = jnp.pad(cache.pending, ((0, 0), (0, (count - 1) * block), (0, 0)))
     # The last of them may be cut: room for a whole block behind.
-    rows = jnp.pad(rows, ((0, 0), (0, block), (0, 0)))
+    rows = jnp.pad(cache.pending, ((0, 0), (0, count * block), (0, 0)))
     rows = jax.lax.dynamic_update_slice(rows, keys, (zero, offset, zero))
     blocks = rows[:, : count * block].reshape(batch, count, block, width)
     landmarks = jax.lax.dynamic_update_slice(
         cache.landmarks, summarise(index, blocks), (zero, zero, zero, length // block)
     )
     first = (offset + valid) // block * block
+    pending = jax.lax.dynamic_slice_in_dim(rows, first, block, axis=1)
+    return dataclasses.replace(cache, landmarks=landmarks, pending=pending)
+
+
+def extend_queries(
+    index: IndexConfig, cache: IndexCache, queries: jax.Array, valid: jax.Array
+) -> tuple[IndexCache, jax.Array]:
+    """The cache with T new queries [B, T, I] of `query_vectors`, of which the first `valid` are real;
+    and all that their choice depends on, [B, sticky - 1 + T, I]."""
     recent = jnp.concatenate([cache.queries, queries], axis=1)
-    return IndexCache(
-        landmarks=landmarks,
-        pending=jax.lax.dynamic_slice_in_dim(rows, first, block, axis=1),
-        queries=jax.lax.dynamic_slice_in_dim(recent, valid, index.sticky - 1, axis=1),
-    )
+    last = jax.lax.dynamic_slice_in_dim(recent, valid, index.sticky - 1, axis=1)
+    return dataclasses.replace(cache, queries=last), recent
 
 
 def candidates(index: IndexConfig, positions: jax.Array) -> jax.Array:
@@ -128,7 +131,8 @@ def local_blocks(index: IndexConfig, positions: jax.Array) -> jax.Array:
 def objective(
     p: Tree,
     kind: LayerKind,
-    rows: tuple[jax.Array, jax.Array],
+    x: jax.Array,
+    vectors: jax.Array,
     qk: tuple[jax.Array, jax.Array],
     sink: jax.Array | None,
     segments: jax.Array,
@@ -143,7 +147,8 @@ def objective(
     Args:
         p: the index's parameters.
         kind: the layer's.
-        rows: what queries and keys are made from, each [B, T, D].
+        x: what queries are made from, [B, T, D].
+        vectors: `key_vectors` [B, T, I + M] of the keys.
         qk: queries [B, T, H, K], as those at `horizon`, and keys [B, T, N, K] as they are multiplied,
             `kind.scale` aside.
         sink: [H] or None.
@@ -164,12 +169,12 @@ def objective(
     def padded(x: jax.Array) -> jax.Array:
         return jnp.pad(x, ((0, 0), (0, missing), *[(0, 0)] * (x.ndim - 2)))
 
-    x_q, x_k = (padded(jax.lax.stop_gradient(x)) for x in rows)
+    x, vectors = padded(jax.lax.stop_gradient(x)), padded(vectors)
     q, k = (padded(jax.lax.stop_gradient(x).astype(jnp.float32)) for x in qk)
     segments, documents = padded(segments), padded(documents)
     batch, length = segments.shape
     count = length // block
-    landmarks = summarise(index, key_vectors(p, x_k).reshape(batch, count, block, -1))
+    landmarks = summarise(index, vectors.reshape(batch, count, block, -1))
     everybody = landmarks.transpose(1, 2, 0, 3).reshape(index.landmarks, index.dim, batch * count)
     temperature = jnp.exp(p["log_temperature"])[None, None]
 
@@ -203,7 +208,7 @@ def objective(
         weight = total * (share * share).sum(axis=2)
         target = jnp.where(owner, jnp.tile(share, (1, 1, batch)), 0)  # [B, Q, B * J]
         allowed = jnp.where(owner, jnp.tile(own, (1, 1, batch)), foreign[:, None, :])
-        u = query_vectors(p, take(x_q))
+        u = query_vectors(p, take(x))
         scores = jnp.einsum("bqi,mij->mbqj", u, everybody).max(axis=0)
         logs = jax.nn.log_softmax(jnp.where(allowed, scores * temperature, -1e30), axis=2)
         ranked = jnp.where(allowed, scores, -jnp.inf)

@@ -125,6 +125,9 @@ class LayerKind:
                      induction head (arXiv 2209.11895) in one layer instead of two.
     `tie_qk_init`    W_q starts equal to W_k, so that equal contexts match before any training.
     `index`          the index of an "indexed" kind.
+    `shares`         the letter of another kind, of which there is one layer, before all of this kind:
+                     queries attend to its keys and values, and choose among its landmarks, so that a
+                     context is kept once for all of them (YOCO, arXiv 2405.05254). "": to its own.
     """
 
     letter: str
@@ -149,6 +152,7 @@ class LayerKind:
     key_shift: int = 0
     tie_qk_init: bool = False
     index: IndexConfig | None = None
+    shares: str = ""
 
     def __post_init__(self) -> None:
         where = f"layer kind {self.letter!r}"
@@ -173,6 +177,11 @@ class LayerKind:
         )
         require(self.key_shift in (0, 1), f"{where}: key_shift must be 0 or 1")
         require(
+            not self.shares or not (self.bounded or self.key_shift or self.tie_qk_init),
+            f"{where}: has no keys of its own: a kind that shares another's attends to all of them "
+            "(full or indexed), without key_shift and tie_qk_init",
+        )
+        require(
             self.rope_theta == 0 or self.head_dim % 2 == 0,
             f"{where}: rotary positions need an even head_dim, not {self.head_dim}",
         )
@@ -192,6 +201,17 @@ class LayerKind:
     def bounded(self) -> bool:
         """Whether a query reaches back a bounded way, so that `window` rows of cache suffice."""
         return self.attention in ("window", "chunk")
+
+    @property
+    def grows(self) -> bool:
+        """Whether it keeps keys and values of its own that grow with the context."""
+        return not (self.bounded or self.shares)
+
+    @property
+    def reach(self) -> int:
+        """Positions before one that its output needs, beside those that blocks keep."""
+        looks_back = 0 if self.index is None else self.index.sticky - 1
+        return (self.window - 1 if self.bounded else looks_back) + self.conv_tail
 
     @property
     def conv_tail(self) -> int:

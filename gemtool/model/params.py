@@ -111,6 +111,8 @@ def _attention(config: ModelConfig, kind: LayerKind) -> Tree:
             scale=_out_scale(config, heads * head_dim),
         ),
     }
+    if kind.shares:
+        del tree["k"], tree["v"]
     if kind.qk_conv > 1:
         shape, axes = (kind.qk_conv, d), ("taps", "embed")
         tree["conv"] = (
@@ -133,27 +135,33 @@ def _attention(config: ModelConfig, kind: LayerKind) -> Tree:
         tree["sink"] = ParamSpec((heads,), ("heads",), "constant", 0.0)
     if kind.qkv_bias:
         tree["q_bias"] = _bias((heads, head_dim), "heads", "head_dim")
-        tree["k_bias"] = tree["v_bias"] = _bias((kv_heads, head_dim), "kv_heads", "head_dim")
+        if not kind.shares:
+            tree["k_bias"] = tree["v_bias"] = _bias((kv_heads, head_dim), "kv_heads", "head_dim")
     if kind.out_bias:
         tree["o_bias"] = _bias((d,), "embed")
     if kind.index is not None:
-        tree["index"] = _index(d, kind.index)
+        tree["index"] = _index(d, kind.index, own_keys=not kind.shares)
+    if kind.shares:
+        tree.pop("k_norm", None)
     return tree
 
 
-def _index(d: int, index: IndexConfig) -> Tree:
+def _index(d: int, index: IndexConfig, *, own_keys: bool) -> Tree:
     # Axes without a name: it is small, and every device has all of it.
     def matrix(rows: int, columns: int) -> ParamSpec:
         return ParamSpec((rows, columns), (None, None), scale=rows**-0.5)
 
-    return {
+    query = matrix(index.hidden, index.dim)
+    tree: Tree = {
         "hidden": matrix(d, index.hidden),
-        # Equal contexts match before any training, as with `tie_qk_init`.
-        "q": replace(matrix(index.hidden, index.dim), init="repeat", source="k"),
-        "k": matrix(index.hidden, index.dim),
-        "gate": matrix(index.hidden, index.landmarks),
+        "q": query,
         "log_temperature": ParamSpec((1,), (None,), "constant", math.log(index.temperature)),
     }
+    if own_keys:
+        # Equal contexts match before any training, as with `tie_qk_init`.
+        tree["q"] = replace(query, init="repeat", source="k")
+        tree["k"], tree["gate"] = query, matrix(index.hidden, index.landmarks)
+    return tree
 
 
 def _gated_mlp(config: ModelConfig, width: int, biases: bool, experts: int = 0) -> Tree:

@@ -15,7 +15,7 @@ Axes: B sequences, T positions, D model, V vocabulary, N media groups of P soft 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -24,7 +24,7 @@ import jax.numpy as jnp
 
 from gemtool.kernels.dispatch import accumulator
 from gemtool.model import attention, encoders
-from gemtool.model.attention import LayerCache
+from gemtool.model.attention import Keys, LayerCache
 from gemtool.model.batch import Batch, MediaGroups
 from gemtool.model.cache import Cache, full_layers
 from gemtool.model.config import LayerKind, ModelConfig
@@ -91,11 +91,16 @@ def forward(
     ends = in_dtype({k: v for k, v in params.items() if k != "layers"}, execution.dtype)
     present = batch.segments > 0
 
-    def layer(index: int, x: jax.Array, p: Tree) -> tuple[jax.Array, Stats]:
+    sources = {config.source(i) for i, kind in enumerate(config.layer_kinds) if kind.shares}
+
+    def layer(
+        index: int, x: jax.Array, p: Tree, shared: Keys | None
+    ) -> tuple[jax.Array, Stats, Keys | None]:
         kind = config.layer_kinds[index]
-        attend = partial(_packed, config, kind, batch, negatives, learn_index)
-        x, learned, stats = _layer(p, config, index, x, present, attend)
-        return constrain(x, "batch", "length", None), {"router": stats, "index": learned}
+        attend = partial(_packed, config, kind, batch, shared, negatives, learn_index)
+        x, (keys, learned), stats = _layer(p, config, index, x, present, attend)
+        x = constrain(x, "batch", "length", None)
+        return x, {"router": stats, "index": learned}, keys if index in sources else None
 
     if execution.remat:
         layer = jax.checkpoint(layer, static_argnums=0)
@@ -129,19 +134,22 @@ def index_loss(
 def _run_layers(
     config: ModelConfig,
     layers: Tree,
-    layer: Callable[[int, jax.Array, Tree], tuple[jax.Array, Stats]],
+    layer: Callable[[int, jax.Array, Tree, Keys | None], tuple[jax.Array, Stats, Keys | None]],
     x: jax.Array,
 ) -> tuple[jax.Array, Tree]:
-    """`layer(index, x, parameters)` one after the other; what each returned beside x, in the structure
-    of `layers`."""
+    """`layer(index, x, parameters, keys that it shares)` one after the other, each of which also
+    returns statistics and keys for others; the statistics in the structure of `layers`."""
     found = repeats(config) if STACK in layers else None
     stats: Tree = {}
+    keys: dict[int, Keys | None] = {}
 
     def turn(x: jax.Array, same: Tree) -> tuple[jax.Array, Tree]:
         assert found is not None
         gathered = {}
         for j in range(found.period):
-            x, gathered[str(j)] = layer(found.first + j, x, same[str(j)])
+            at = found.first + j
+            # No layer that others share the keys of is repeated.
+            x, gathered[str(j)], _ = layer(at, x, same[str(j)], keys.get(config.source(at)))
         return x, gathered
 
     index = 0
@@ -150,7 +158,8 @@ def _run_layers(
             x, stats[STACK] = jax.lax.scan(turn, x, layers[STACK])
             index = found.stop
         else:
-            x, stats[str(index)] = layer(index, x, layers[str(index)])
+            shared = keys.get(config.source(index))
+            x, stats[str(index)], keys[index] = layer(index, x, layers[str(index)], shared)
             index += 1
     return x, stats
 
@@ -165,9 +174,9 @@ def step(
     nothing and leave no trace. Needs `cache.length + T` within the capacity.
     """
     x, present = embeddings, _real_rows(embeddings, valid)
-    layers = []
+    layers: list[LayerCache] = []
     for index in range(len(config.layers)):
-        attend = partial(_cached, config, index, cache, valid)
+        attend = partial(_cached, config, index, cache, layers, valid)
         x, layer, _ = _layer(params["layers"][str(index)], config, index, x, present, attend)
         layers.append(layer)
     return norm(config, x, params["norm"]), Cache(cache.length + valid, tuple(layers))
@@ -186,7 +195,7 @@ def step_kv(
     layers = list(cache.layers)
     last = full_layers(config)[-1] if full_layers(config) else -1
     for index in range(last):
-        attend = partial(_cached, config, index, cache, valid)
+        attend = partial(_cached, config, index, cache, layers, valid)
         p = params["layers"][str(index)]
         x, layers[index], _ = _layer(p, config, index, x, present, attend)
     if last >= 0:
@@ -201,10 +210,11 @@ def step_kv(
 
 def tail_reach(config: ModelConfig) -> int:
     """How many positions before the first hidden state of interest must run through `step`
-    rather than `step_kv`: what the bounded layers above the last full layer look back to."""
+    rather than `step_kv`: what the layers above the last one that keeps all of its keys look back to,
+    beside what blocks keep."""
     last = full_layers(config)[-1] if full_layers(config) else -1
     above = config.layer_kinds[last + 1 :]
-    return sum(kind.window - 1 + kind.conv_tail for kind in above)
+    return sum(kind.reach for kind in above)
 
 
 def logits(params: Tree, config: ModelConfig, hidden: jax.Array) -> jax.Array:
@@ -216,29 +226,46 @@ def logits(params: Tree, config: ModelConfig, hidden: jax.Array) -> jax.Array:
 
 
 Attend = Callable[[Tree, jax.Array], tuple[jax.Array, Any]]
-"""Attention of one layer: its parameters and normed rows [B, T, D] -> [B, T, D], and a new cache or
-what its index learned."""
+"""Attention of one layer: its parameters and normed rows [B, T, D] -> [B, T, D], and a new cache, or
+its keys and what its index learned."""
 
 
 def _packed(
     config: ModelConfig,
     kind: LayerKind,
     batch: Batch,
+    shared: Keys | None,
     negatives: int,
     learn_index: bool,
     p: Tree,
     h: jax.Array,
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-    return attention.attend_packed(
-        p, config, kind, h, batch, negatives=negatives, learn_index=learn_index
+) -> tuple[jax.Array, tuple[Keys, dict[str, jax.Array]]]:
+    y, keys, learned = attention.attend_packed(
+        p,
+        config,
+        kind,
+        h,
+        batch,
+        shared=shared,
+        negatives=negatives,
+        learn_index=learn_index,
     )
+    return y, (keys, learned)
 
 
 def _cached(
-    config: ModelConfig, index: int, cache: Cache, valid: jax.Array, p: Tree, h: jax.Array
+    config: ModelConfig,
+    index: int,
+    cache: Cache,
+    extended: Sequence[LayerCache],
+    valid: jax.Array,
+    p: Tree,
+    h: jax.Array,
 ) -> tuple[jax.Array, LayerCache]:
+    """`extended`: the caches of the layers before this one, with the new positions."""
     kind, layer = config.layer_kinds[index], cache.layers[index]
-    return attention.attend_cached(p, config, kind, h, layer, cache.length, valid)
+    source = extended[config.source(index)] if kind.shares else None
+    return attention.attend_cached(p, config, kind, h, layer, cache.length, valid, source)
 
 
 def _layer(
