@@ -503,7 +503,8 @@ def test_without_stages_an_index_stays_as_it_began(
     gemtool: Command, workshop: Path, tmp_path: Path
 ) -> None:
     command = on_indexed(workshop, arguments(workshop, "run", "--steps", 2))
-    gemtool(*command, env=environment(workshop))
+    done = gemtool(*command, env=environment(workshop))
+    assert b"the index of this model is not trained in this run" in done.stderr
     checkpoint = open_checkpoint(tmp_path / "run")
     begun = flatten(init_params(checkpoint.config, jax.random.key(0)))
     for path, value in flatten(checkpoint.load_params()).items():

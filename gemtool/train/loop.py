@@ -34,7 +34,7 @@ from gemtool.stream.header import provenance
 from gemtool.train.extend import extend_params
 from gemtool.train.loader import Loader, evaluation_batches, open_data, require_match
 from gemtool.train.optimizer import default_peak, default_warmup, make_optimizer
-from gemtool.train.parts import TRUNK, split
+from gemtool.train.parts import INDEX, TRUNK, split
 from gemtool.train.placement import place_batches, state_shardings
 from gemtool.train.stages import Stage, read_stages, require_same, stage_of, stages_of
 from gemtool.train.state import RunFolder, open_run
@@ -368,6 +368,12 @@ class _Run:
             + (f", from step {self.start:,}" if self.start else "")
             + "; the first step takes longer, as it is compiled"
         )
+        learns = self.initial is not None or any(stage.train == INDEX for stage in self.stages)
+        if self.config.has_index and not learns:
+            log.warning(
+                "the index of this model is not trained in this run: beyond what it attends to anyway "
+                "it will find nothing; give it a stage of its own (--stages)"
+            )
         state = self._restore_or_begin()
         with (
             contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh),
