@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.stats
 
 from tests.conftest import ROOT, command_environment
 
@@ -177,6 +179,47 @@ TINY = {
     "SHARES": "4",
     "MODEL": str(ROOT / "tests" / "tiny.toml"),
 }
+
+
+def test_recall(tmp_path: Path) -> None:
+    """The recipe of examples/recall as it stands, with fewer steps and short contexts."""
+    shutil.copytree(ROOT / "examples", tmp_path / "examples")
+    folder = tmp_path / "examples" / "recall"
+    stages = (folder / "stages.toml").read_text()
+    (folder / "few.toml").write_text(re.sub(r"steps = \d+", "steps = 2", stages))
+    small = "DOCS=24 BATCH=3 LENGTH=512 STAGES=few.toml LENGTHS=400,600 NEEDLES=3 CASES=2"
+    command = f"make -C {folder} BUILD={tmp_path}/build {small} PYTHON={sys.executable}"
+    shown = shell(command, tmp_path).stdout
+    assert (tmp_path / "build" / "recall.png").stat().st_size > 1000
+    rows, steps = (
+        [json.loads(line) for line in (tmp_path / "build" / name).read_text().splitlines()]
+        for name in ("recall.jsonl", "metrics.jsonl")
+    )
+    assert [(row["length"], row["case"]) for row in rows] == [
+        (length, case) for length in (400, 600) for case in (0, 1) for _ in range(3)
+    ]
+    assert [row["stage"] for row in steps] == ["trunk"] * 2 + ["index"] * 2
+    for length in (400, 600):
+        found = sum(row["score"] for row in rows if row["length"] == length)
+        assert re.search(rf"{length}  +{found:.0f}/ +6 ", shown)
+    made = (tmp_path / "build" / "run" / "weights.safetensors").stat().st_mtime_ns
+    assert re.search(r"600  +\d/ +6 ", shell(command, tmp_path).stdout)
+    assert (tmp_path / "build" / "run" / "weights.safetensors").stat().st_mtime_ns == made
+
+
+def test_intervals_of_recall() -> None:
+    """Against scipy, and the extremes of the design effect."""
+    path = ROOT / "examples" / "recall" / "table.py"
+    spec = importlib.util.spec_from_file_location("table", path)
+    assert spec is not None
+    table = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(table)  # type: ignore[union-attr]
+    for found, count in ((0, 10), (99, 100), (100, 100), (37, 40)):
+        result = scipy.stats.binomtest(found, count).proportion_ci(method="wilson")
+        np.testing.assert_allclose(table.wilson(found / count, count), result, atol=1e-6)
+    assert table.effective_count([[1, 0, 1, 1], [1, 1, 0, 1]]) == 8  # no more alike than by chance
+    assert table.effective_count([[1, 1, 1, 1], [0, 0, 0, 0]]) == 2  # a context is one case
+    assert table.effective_count([[1, 1], [1, 1]]) == 4
 
 
 def test_experiment(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from gemtool.model.config import load_preset
-from gemtool.model.flops import forward_flops, visible_pairs
+from gemtool.model.flops import forward_flops, keys_flops, visible_pairs
 from gemtool.model.kinds import IndexConfig, LayerKind
 from gemtool.model.params import abstract_params, count_params
 from gemtool.model.transformer import forward, logits
@@ -78,3 +78,15 @@ def test_only_chosen_blocks_count(length: int, start: int) -> None:
     found = forward_flops(config, length, start, chosen=True) - forward_flops(config, length, start)
     everything = 4 * kind.heads * kind.head_dim * visible_pairs(kind, length, start)
     np.testing.assert_allclose(found, expected - everything, rtol=1e-6, atol=1.0)
+
+
+def test_keys_take_what_is_below_them() -> None:
+    """All of the layers below, the projections of the keys and values, and nothing of what is above."""
+    config = dataclasses.replace(load_preset("nano"), encoders=(), vocab_size=512, moe=None)
+    T = 256
+    below = dataclasses.replace(config, layers="LL")
+    window, kind = config.kinds
+    keys = 2 * config.d_model * kind.kv_heads * kind.head_dim
+    assert keys_flops(config, T) == forward_flops(below, T) + 2 * keys * T
+    assert keys_flops(dataclasses.replace(config, layers="LLGLLLL"), T) == keys_flops(config, T)
+    assert window.bounded

@@ -18,7 +18,7 @@ from gemtool.kernels.dispatch import compiling_for
 from gemtool.model.batch import Batch
 from gemtool.model.config import ModelConfig
 from gemtool.model.execution import Execution
-from gemtool.model.flops import TRAINING, forward_flops
+from gemtool.model.flops import TRAINING, forward_flops, keys_flops
 from gemtool.model.mesh import make_mesh, param_shardings, partition, require_fit
 from gemtool.model.params import abstract_params, count_params, in_dtype
 from gemtool.train.optimizer import make_optimizer
@@ -115,7 +115,7 @@ def prefill_program(
     """
     chunk = min(chunk, length)
     lowered = _step(config, topology, sizes, dtype, length, chunk, scored=False)
-    needed = forward_flops(config, chunk, start=length - chunk, chosen=True)
+    needed = keys_flops(config, chunk, start=length - chunk)
     return Program("prefill chunk", lowered, chunk, needed)
 
 

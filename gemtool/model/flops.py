@@ -23,18 +23,30 @@ def forward_flops(
     """Of one sequence's `length` positions after `start`, `scored` of which get logits. Encoders of
     media are not counted. With `chosen` indexed attention is what it is in inference, not dense."""
     specs = flatten(param_specs(config))
-    layers = sum(
-        _multiplied(config, path, spec)
-        for path, spec in specs.items()
-        if path.startswith("layers/")
-    )
-    attention = sum(
-        _chosen_flops(kind, kind.index, length, start)
-        if chosen and kind.index is not None
-        else 4 * kind.heads * kind.head_dim * visible_pairs(kind, length, start)
-        for kind in config.layer_kinds
-    )
+    layers = sum(_multiplied(config, path, spec) for path, spec in specs.items())
+    attention = sum(_attention_flops(kind, length, start, chosen) for kind in config.layer_kinds)
     return 2.0 * layers * length + attention + 2.0 * scored * config.vocab_size * config.d_model
+
+
+def keys_flops(config: ModelConfig, length: int, start: int = 0) -> float:
+    """The part of `forward_flops` that writing the keys and values of positions takes: the layers
+    before the last that keeps all of its keys, and these."""
+    last = max((i for i, kind in enumerate(config.layer_kinds) if kind.grows), default=0)
+    own = tuple(f"layers/{last}/attention/{name}" for name in ("k", "v", "index"))
+    values = sum(
+        _multiplied(config, path, spec)
+        for path, spec in flatten(param_specs(config)).items()
+        if path.startswith((*(f"layers/{i}/" for i in range(last)), *own))
+    )
+    kinds = config.layer_kinds[:last]
+    attention = sum(_attention_flops(kind, length, start, chosen=True) for kind in kinds)
+    return 2.0 * values * length + attention
+
+
+def _attention_flops(kind: LayerKind, length: int, start: int, chosen: bool) -> float:
+    if chosen and kind.index is not None:
+        return _chosen_flops(kind, kind.index, length, start)
+    return 4.0 * kind.heads * kind.head_dim * visible_pairs(kind, length, start)
 
 
 def visible_pairs(kind: LayerKind, length: int, start: int = 0) -> int:
@@ -64,6 +76,8 @@ def _chosen_flops(kind: LayerKind, index: IndexConfig, length: int, start: int) 
 
 def _multiplied(config: ModelConfig, path: str, spec: ParamSpec) -> float:
     """Values of a parameter that a token is multiplied by, if it is a matrix."""
+    if not path.startswith("layers/"):
+        return 0
     if "taps" in spec.axes or path.endswith(("norm", "bias")) or len(spec.shape) < 2:
         return 0
     if spec.axes[0] == "expert" and config.moe is not None:
