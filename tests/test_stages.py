@@ -603,3 +603,13 @@ def test_a_stage_that_a_model_cannot_have_is_refused_at_once(
 def test_errors_are_of_this_tool() -> None:
     with pytest.raises(GemtoolError, match="stage 'a': steps must be positive, not 0"):
         Stage("a", 0, TRUNK, 1.0, 0)
+
+
+def test_negatives_need_whole_sequences(gemtool: Command, workshop: Path, tmp_path: Path) -> None:
+    file = written(tmp_path, '[[stage]]\nname = "a"\nsteps = 1\ntrain = "trunk"\nnegatives = 1\n')
+    command = staged(workshop, "run", "--mesh", "context=2", stages=file)
+    devices = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", **environment(workshop)}
+    done = gemtool(*command, env=devices, check=False)
+    assert done.returncode == 2
+    assert b"--mesh context=2: its context axis cuts sequences" in done.stderr
+    assert len(done.stderr.splitlines()) == 1

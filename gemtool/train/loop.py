@@ -289,7 +289,14 @@ class _Run:
 
     def _make_mesh(self) -> Mesh | None:
         sequences = self.options.batch // self.options.accumulate
-        return open_mesh(self.options.mesh, self.config, sequences, self.loader.length)
+        mesh = open_mesh(self.options.mesh, self.config, sequences, self.loader.length)
+        cuts = mesh is not None and mesh.shape["context"] > 1
+        if cuts and any(stage.negatives for stage in self.stages):
+            raise UsageError(
+                f"--mesh {self.options.mesh}: its context axis cuts sequences, and a stage has "
+                "negatives, which need whole ones; use data, fsdp, expert or tensor"
+            )
+        return mesh
 
     def _require_memory(self) -> None:
         """Refuses a model or a batch that cannot fit, before it is built.
