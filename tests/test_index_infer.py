@@ -130,6 +130,21 @@ def test_a_saved_context_answers_as_the_one_in_memory(
     assert shapes["state", LENGTH, "queries"] == (1, 3, 8)
 
 
+def test_a_context_in_the_buffers_of_another(engine: Engine, context: Sequence) -> None:
+    """Longer or shorter than the one before, it is as if it were the first."""
+    long, short = text_tokens(LENGTH), text_tokens(900, 4)
+    wanted = said(engine, engine.prefill(short), 7)
+    other = engine.prefill(text_tokens(BLOCK + 300, 11))
+    first = engine.prefill(short, reuse=other)
+    require_same(said(engine, first, 7), wanted)
+    with pytest.raises(RuntimeError):
+        said(engine, other, 7)
+    again = engine.prefill(long, reuse=first)
+    require_same(said(engine, again, 7), said(engine, context, 7))
+    grown = engine.prefill(text_tokens(3 * BLOCK), reuse=again)
+    assert grown.length == 3 * BLOCK
+
+
 def test_buffers_grow(engine: Engine, context: Sequence) -> None:
     sequence = engine.prefill(text_tokens(LENGTH))
     sequence.reserve(5 * BLOCK)

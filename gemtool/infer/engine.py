@@ -274,12 +274,21 @@ class Engine:
         vocab = {"fingerprint": self.vocab.fingerprint, "size": self.vocab.size}
         return ContextHeader(doc, self.checkpoint.fingerprint, vocab, layout, self.config.kv_dtype)
 
-    def begin(self, expected: int = 0) -> Sequence:
-        """An empty sequence with room for `expected` positions; it grows as needed."""
-        shapes = abstract_sequence(self.config, capacity_for(max(expected, 1)), self.mesh)
-        # Zeros of numpy: those of jax would be a program to compile for each shape.
-        buffers, state = jax.tree.map(lambda x: _put(np.zeros(x.shape, x.dtype), x), shapes)
-        return Sequence(self, buffers, state, 0)
+    def begin(self, expected: int = 0, reuse: Sequence | None = None) -> Sequence:
+        """An empty sequence with room for `expected` positions; it grows as needed. It takes the
+        buffers of `reuse`, if given, which cannot be used any more: what they hold nobody sees."""
+
+        def empty(shapes: Any) -> Any:
+            # Of numpy: those of jax would be a program to compile for each shape.
+            return jax.tree.map(lambda x: _put(np.zeros(x.shape, x.dtype), x), shapes)
+
+        buffers, state = abstract_sequence(self.config, capacity_for(max(expected, 1)), self.mesh)
+        if reuse is None:
+            return Sequence(self, empty(buffers), empty(state), 0)
+        buffers, reuse._buffers = reuse._taken(), None
+        sequence = Sequence(self, buffers, empty(state), 0)
+        sequence.reserve(expected)
+        return sequence
 
     def restore(
         self,
@@ -341,16 +350,17 @@ class Engine:
         self,
         document: np.ndarray | Iterable[Span],
         on_tokens: Callable[[int], None] = lambda count: None,
+        reuse: Sequence | None = None,
     ) -> Sequence:
         """Reads a document, token ids int32 [n] or spans, and keeps what continues it.
 
-        `on_tokens` is called with the number of tokens of each tile.
+        `on_tokens` is called with the number of tokens of each tile; `reuse` as in `begin`.
         """
         if isinstance(document, np.ndarray):
             room = self._room(len(document))
-            sequence, pieces = self.begin(room), iter([Piece(document)])
+            sequence, pieces = self.begin(room, reuse), iter([Piece(document)])
         else:
-            sequence, pieces = self.begin(), pieces_of(document, self.config, self.encode)
+            sequence, pieces = self.begin(0, reuse), pieces_of(document, self.config, self.encode)
         for tile in self.tiles(pieces):
             sequence.run(tile, self.tile_size(len(tile.piece)))
             on_tokens(len(tile.piece))
