@@ -162,7 +162,8 @@ _experts.defvjp(_experts_fwd, _experts_bwd)
 def _few(
     glu: Glu, x: jax.Array, expert_ids: jax.Array, weights: jax.Array, w: Weights
 ) -> jax.Array:
-    """One pair after the other. An indexed weight fuses into a product with a vector: no copy."""
+    """One pair after the other: the fastest of the forms tried, though XLA copies the weights of an
+    expert out of [E, ...] before it multiplies them, a third of a decoding step."""
     experts, choices = w["gate"].shape[0], expert_ids.shape[1]
     dtype = accumulator(x.dtype)
     flat = expert_ids.reshape(-1)
