@@ -36,7 +36,7 @@ def test_which_layers_repeat() -> None:
     assert repeats(DEEP) == Repeats(first=2, period=2, times=2)
     assert repeats(dataclasses.replace(DEEP, layers="LGC")) is None
     assert repeats(dataclasses.replace(DEEP, layers="LLLLL", moe=None)) == Repeats(0, 1, 5)
-    assert repeats(load_preset("pro")) == Repeats(first=3, period=4, times=11)
+    assert repeats(load_preset("pro")) == Repeats(first=4, period=4, times=11)
     assert repeats(load_preset("flash")) == Repeats(first=0, period=4, times=8)
     assert repeats(load_preset("nano")) is None
 
