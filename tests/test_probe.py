@@ -18,7 +18,8 @@ import pytest
 from gemtool.cmd.probe import parse_lengths, read_haystack
 from gemtool.data.vocab import Vocab
 from gemtool.errors import GemtoolError, UsageError
-from gemtool.probes.needle import CITIES, NEEDLE, Case, cases, score, sentence_ends
+from gemtool.probes.haystack import Case, sentence_ends
+from gemtool.probes.needle import CITIES, NEEDLE, cases, score
 from gemtool.probes.plot import grid, plot_heat_map, short_count
 from tests.conftest import ROOT, Command, command_environment
 
@@ -92,7 +93,7 @@ def test_a_shared_context_hides_all_needles_of_a_length(vocab: Vocab, haystack: 
             assert needle in vocab.decode(context[one.needle_at : one.needle_at + size])
         assert [c.needle_at for c in same] == sorted(c.needle_at for c in same)
     assert not np.array_equal(found[0].context, found[-1].context)
-    with pytest.raises(UsageError, match="--shared: a haystack holds"):
+    with pytest.raises(UsageError, match="--depths: a haystack holds 101 needles here, not 200"):
         list(cases(vocab, haystack, lengths=[9000], depths=200, repetitions=1, seed=3, shared=True))
 
 
@@ -335,6 +336,113 @@ def test_resuming_with_other_cases_is_refused(
         done = gemtool("probe", "needle", "--ckpt", checkpoint, *arguments, check=False)
         assert done.returncode == 1
         assert message in done.stderr
+
+
+def test_rows_of_variants(gemtool: Command, checkpoint: Path, tmp_path: Path) -> None:
+    """They say what they are of, and do not mix with others."""
+    probe = ("probe", "needle", "--ckpt", checkpoint, "--lengths", 800, "--depths", 2, "--shared")
+    variant = ("--wording", "german", "--distractors", 2, "--values", 2, "--no-prefix")
+    gemtool(*probe, *variant, "-o", "rows.jsonl", "--plot", "grid.png")
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    for row in rows:
+        assert [row[name] for name in ("shared", "wording", "distractors", "values", "absent")] == [
+            *(True, "german", 2, 2, False)
+        ]
+        assert row["question"].startswith("Wie lauten alle")
+        assert len(row["answer"].split()) == 2
+        assert row["score"] in (0.0, 0.5, 1.0)
+    assert len({row["prefill_seconds"] for row in rows}) == 1
+    assert (tmp_path / "grid.png").exists()
+    done = gemtool(*probe, *variant, "-o", "rows.jsonl", "--resume")
+    assert b"complete already" in done.stderr
+    made = (tmp_path / "rows.jsonl").read_bytes()
+    (tmp_path / "part.jsonl.partial").write_bytes(made.splitlines(True)[0])
+    for change, file, name in (
+        (("--wording", "report"), "rows.jsonl", "wording"),
+        (("--distractors", 1), "rows.jsonl", "distractors"),
+        (("--values", 3), "rows.jsonl", "values"),
+        (("--values", 1, "--absent"), "rows.jsonl", "values"),
+        (("--no-shared",), "rows.jsonl", "shared"),
+        (("--wording", "french"), "part.jsonl", "wording"),
+    ):
+        done = gemtool(*probe, *variant, *change, "-o", file, "--resume", check=False)
+        assert done.returncode == 1
+        assert f"its rows have {name}" in done.stderr.decode()
+    assert (tmp_path / "rows.jsonl").read_bytes() == made
+
+
+def test_rows_from_before_there_were_variants(
+    gemtool: Command, checkpoint: Path, tmp_path: Path
+) -> None:
+    """They are of the defaults, whole files and partial ones."""
+    probe = ("probe", "needle", "--ckpt", checkpoint, *GRID, "-o", "rows.jsonl", "--resume")
+    gemtool(*probe)
+    whole = (tmp_path / "rows.jsonl").read_bytes()
+    rows = [json.loads(line) for line in whole.splitlines()]
+    for row in rows:
+        for name in ("wording", "distractors", "values", "absent"):
+            del row[name]
+    old = [json.dumps(row) + "\n" for row in rows]
+    (tmp_path / "rows.jsonl").write_text("".join(old))
+    assert b"complete already" in gemtool(*probe).stderr
+    done = gemtool(*probe, "--distractors", 1, check=False)
+    assert b"its rows have distractors 0, this run 1" in done.stderr
+    (tmp_path / "rows.jsonl").unlink()
+    (tmp_path / "rows.jsonl.partial").write_text("".join(old[:7]))
+    gemtool(*probe)
+    made = (tmp_path / "rows.jsonl").read_bytes()
+    assert made.startswith("".join(old[:7]).encode())
+    assert without_time(made)[7:] == without_time(whole)[7:]
+
+
+def test_many_needles_and_one_question(gemtool: Command, checkpoint: Path, tmp_path: Path) -> None:
+    options = ("--ckpt", checkpoint, "--lengths", 400, "--depths", 4, "--cases", 2)
+    probe = ("probe", "multi-needle", *options, "-o", "rows.jsonl")
+    gemtool(*probe)
+    made = (tmp_path / "rows.jsonl").read_bytes()
+    rows = [json.loads(line) for line in made.splitlines()]
+    assert [(row["case"], row["depth"]) for row in rows] == [
+        (case, pytest.approx(depth / 3)) for case in (0, 1) for depth in range(4)
+    ]
+    assert {(row["probe"], row["question"]) for row in rows} == {
+        ("multi-needle", "What are all the special magic numbers?")
+    }
+    for case in (0, 1):
+        same = [row for row in rows if row["case"] == case]
+        assert len({(row["text"], row["seconds"]) for row in same}) == 1
+        assert len({row["answer"] for row in same}) == 4
+    assert b"complete already" in gemtool(*probe, "--resume").stderr
+    # A context whose rows are there is not asked again, the rest of another is as it was.
+    kept = [{**row, "text": "kept"} for row in rows[:4]] + rows[4:6]
+    (tmp_path / "rows.jsonl").unlink()
+    (tmp_path / "rows.jsonl.partial").write_text("".join(json.dumps(r) + "\n" for r in kept))
+    gemtool(*probe, "--resume")
+    resumed = (tmp_path / "rows.jsonl").read_bytes()
+    assert [row["text"] for row in without_time(resumed)[:4]] == ["kept"] * 4
+    assert without_time(resumed)[4:] == without_time(made)[4:]
+
+    cells = gemtool("probe", "multi-needle", *options, "--summary").stdout
+    assert [json.loads(line)["cases"] for line in cells.splitlines()] == [2] * 4
+
+
+def test_impossible_variants_are_refused(gemtool: Command, checkpoint: Path) -> None:
+    for arguments, message in (
+        (("needle", "--absent", "--values", 2), "--absent"),
+        (("needle", "--wording", "germann"), "did you mean 'german'"),
+        (("needle", "--values", 0), "--values"),
+        (("needle", "--distractors", -1), "--distractors"),
+        (("needle", "--shared", "--depths", 60, "--absent"), "a haystack holds 50 needles"),
+        (("multi-needle", "--depths", 200), "a haystack holds 101 needles"),
+        (("multi-needle", "--shared"), "probe multi-needle has no --shared"),
+        (("multi-needle", "--wording", "german"), "probe multi-needle has no --wording"),
+        (("multi-needle", "--distractors", 2), "probe multi-needle has no --distractors"),
+        (("multi-needle", "--values", 2), "probe multi-needle has no --values"),
+        (("multi-needle", "--absent"), "probe multi-needle has no --absent"),
+    ):
+        done = gemtool("probe", *arguments, "--ckpt", checkpoint, check=False)
+        assert done.returncode == 2, done.stderr
+        assert message in done.stderr.decode()
+        assert len(done.stderr.splitlines()) == 1
 
 
 def test_mistakes(gemtool: Command, tmp_path: Path) -> None:

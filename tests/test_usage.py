@@ -322,6 +322,7 @@ def test_completion(gemtool: Command) -> None:
     assert done.stdout.split() == [b"tokenize"]
     for words, last, completed in (
         ("gemtool probe n", "2", [b"needle"]),
+        ("gemtool probe needle --wording ger", "4", [b"german"]),
         ("gemtool help con", "2", [b"context"]),
         ("gemtool train --model na", "3", [b"nano"]),
     ):

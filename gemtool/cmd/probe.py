@@ -17,11 +17,14 @@ import typer
 from gemtool import log
 from gemtool.cmd.options import Force, Mesh, Output, Seed, common, parse_length
 from gemtool.errors import CorruptInput, GemtoolError, UsageError, did_you_mean, reason
-from gemtool.probes import PROBES
+from gemtool.probes import PROBES, open_probe, probe_options
+from gemtool.probes.wordings import WORDINGS
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
     from gemtool.infer.engine import Engine, Sequence
-    from gemtool.probes.needle import Case
+    from gemtool.probes.haystack import Case
 
 
 @common
@@ -54,13 +57,42 @@ def probe(
         typer.Option("--haystack", metavar="FILE", help="Text to hide the needle in, or more."),
     ] = None,
     shared: Annotated[
-        bool,
+        bool | None,
         typer.Option(
             "--shared/--no-shared",
             help="Hide the needles of all depths in one context, and ask for each: one prefill "
             "instead of as many as depths.",
         ),
-    ] = False,
+    ] = None,
+    wording: Annotated[
+        str | None,
+        typer.Option(
+            "--wording",
+            metavar="NAME",
+            help="Words of needle, question and prefix: report, unless another is named. "
+            f"One of: {', '.join(WORDINGS)}.",
+            autocompletion=lambda: list(WORDINGS),
+        ),
+    ] = None,
+    distractors: Annotated[
+        int | None,
+        typer.Option(
+            "--distractors", metavar="N", min=0, help="Near misses for each needle; 0 if not given."
+        ),
+    ] = None,
+    values: Annotated[
+        int | None,
+        typer.Option(
+            "--values",
+            metavar="N",
+            min=1,
+            help="Numbers of each city, all asked for at once; 1 if not given.",
+        ),
+    ] = None,
+    absent: Annotated[
+        bool | None,
+        typer.Option("--absent", help="Ask for what is not there: no number is the right answer."),
+    ] = None,
     prefix: Annotated[
         bool, typer.Option("--prefix/--no-prefix", help="Begin the model's turn for it.")
     ] = True,
@@ -81,6 +113,14 @@ def probe(
     """Measure what a model finds in long contexts."""
     if name not in PROBES:
         raise UsageError(f"no probe {name!r}{did_you_mean(name, PROBES)}")
+    options = chosen_options(
+        name,
+        shared=shared,
+        wording=wording,
+        distractors=distractors,
+        values=values,
+        absent=absent,
+    )
     if resume and output in (None, "-"):
         raise UsageError("--resume needs -o FILE: standard output cannot be read back")
     grid = parse_lengths(lengths)
@@ -90,20 +130,20 @@ def probe(
         raise UsageError(f"{target}: exists already; add -f to replace it")
 
     from gemtool.checkpoint import open_checkpoint
-    from gemtool.probes import needle
     from gemtool.probes.rows import RowLog, cells, require_finished
 
+    module = open_probe(name)
     text = read_haystack(haystack)
     checkpoint = open_checkpoint(ckpt)
     wanted = list(
-        needle.cases(
+        module.cases(
             checkpoint.vocab,
             text,
             lengths=grid,
             depths=depths,
             repetitions=cases,
             seed=seed,
-            shared=shared,
+            **options,
         )
     )
     run = {
@@ -111,14 +151,15 @@ def probe(
         "model": checkpoint.fingerprint,
         "seed": seed,
         "prefix": prefix,
-        "shared": shared,
+        **options,
         "haystack": hashlib.sha256(text.encode()).hexdigest()[:16],
     }
+    title = f"{titled(name, options)}: {checkpoint.config.name}"
     if target is not None and target.exists() and not force:
         found = require_finished(target, run, wanted, summary=summary)
         log.info(f"{target}: complete already, nothing to do")
         if plot is not None:
-            draw(found, plot, f"{name}: {checkpoint.config.name}")
+            draw(found, plot, title)
         return
 
     from gemtool.runtime import setup_jax
@@ -145,16 +186,38 @@ def probe(
                 context = engine.prefill(ask[0].context, bar.update, reuse=context)
                 context.wait()
                 prefill = time.perf_counter() - started
-                for case in ask:
-                    row = run_case(engine, context, case, prefix=prefix)
-                    rows.add(
-                        {**run, **row, "prefill_seconds": round(prefill, 3)}, shown=not summary
-                    )
+                for _, those in itertools.groupby(ask, lambda c: c.question):
+                    for row in answered(engine, context, list(those), module.score, prefix=prefix):
+                        rows.add(
+                            {**run, **row, "prefill_seconds": round(prefill, 3)}, shown=not summary
+                        )
         found = [rows.done[case.length, case.depth, case.case] for case in wanted]
         if summary:
             rows.summary = [{**run, **cell} for cell in cells(found)]
     if plot is not None:
-        draw(found, plot, f"{name}: {checkpoint.config.name}")
+        draw(found, plot, title)
+
+
+def chosen_options(name: str, **given: Any) -> dict[str, Any]:
+    """The options of a probe: those that are given (not None), else its defaults.
+
+    Raises:
+        UsageError: the probe has no such option.
+    """
+    options = probe_options(name)
+    for option, value in given.items():
+        if value is not None and option not in options:
+            raise UsageError(f"probe {name} has no --{option}")
+    return {o: default if given[o] is None else given[o] for o, default in options.items()}
+
+
+def titled(name: str, options: dict[str, Any]) -> str:
+    """A probe with what is not its default: "needle --shared --values 4"."""
+    defaults = probe_options(name)
+    changed = {option: value for option, value in options.items() if value != defaults[option]}
+    return " ".join(
+        [name, *(f"--{o}" if value is True else f"--{o} {value}" for o, value in changed.items())]
+    )
 
 
 def check_outputs(target: Path | None, plot: Path | None) -> None:
@@ -196,31 +259,39 @@ def draw(rows: list[dict[str, Any]], plot: Path, title: str) -> None:
 
     count = sum(row.get("cases", 1) for row in rows)
     score = sum(row["score"] * row.get("cases", 1) for row in rows) / count
-    plot_heat_map(rows, plot, title=f"{title}, recall {score:.2f} of {count} cases")
+    plot_heat_map(rows, plot, title=f"{title}, score {score:.2f} of {count} cases")
 
 
-def run_case(engine: Engine, context: Sequence, case: Case, *, prefix: bool) -> dict[str, Any]:
-    """Asks a context the question of a case greedily, and scores the answer."""
-    from gemtool.probes import needle
-
+def answered(
+    engine: Engine,
+    context: Sequence,
+    cases: list[Case],
+    score: Callable[[Case, str], float],
+    *,
+    prefix: bool,
+) -> Iterator[dict[str, Any]]:
+    """Asks a context the question that cases have in common, greedily; scores the answer for each."""
     started = time.perf_counter()
-    answer = engine.ask(
+    first = cases[0]
+    text = engine.ask(
         context,
-        case.question,
-        prefix=case.prefix if prefix else "",
-        max_tokens=2 * needle.NUMBER_DIGITS + (0 if prefix else 24),
+        first.question,
+        prefix=first.prefix if prefix else "",
+        max_tokens=first.max_tokens + (0 if prefix else first.beginning),
     )
-    return {
-        "length": case.length,
-        "depth": case.depth,
-        "case": case.case,
-        "needle_at": case.needle_at,
-        "question": case.question,
-        "answer": case.answer,
-        "text": answer,
-        "score": needle.score(case, answer),
-        "seconds": round(time.perf_counter() - started, 3),
-    }
+    seconds = round(time.perf_counter() - started, 3)
+    for case in cases:
+        yield {
+            "length": case.length,
+            "depth": case.depth,
+            "case": case.case,
+            "needle_at": case.needle_at,
+            "question": case.question,
+            "answer": case.answer,
+            "text": text,
+            "score": score(case, text),
+            "seconds": seconds,
+        }
 
 
 def parse_lengths(text: str) -> list[int]:

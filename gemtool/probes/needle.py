@@ -1,4 +1,4 @@
-"""The text needle of the Gemini 1.5 report (arXiv 2403.05530, section 5.2.1.1).
+"""The text needle of the Gemini 1.5 report (arXiv 2403.05530, section 5.2.1.1), and harder ones.
 
 One sentence, "The special magic {city} number is: {number}", is put at a depth of a haystack of
 essays that is repeated to the length; city and number differ in every case. The model is asked for
@@ -7,85 +7,39 @@ the number. Depths are spaced linearly from the start to the end of the haystack
 With `shared`, the needles of all depths are in one haystack, each with a city of its own, and each is
 asked for by itself: of a length and repetition, one context for all. Harder, as the other needles are
 near misses, and as much cheaper as there are depths.
+
+Other variants hide more in the same context, or ask in other words: see `cases`.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
 from gemtool.data.vocab import Vocab
-from gemtool.errors import GemtoolError, UsageError
+from gemtool.errors import UsageError
+from gemtool.probes.distractors import near_misses
+from gemtool.probes.haystack import Case, Straw, spaced
+from gemtool.probes.wordings import CITIES, WORDINGS, Wording, wording_named
 
-NEEDLE = "The special magic {city} number is: {number}."
-QUESTION = "What is the special magic {city} number?"
-PREFIX = "The special magic {city} number is:"
+NEEDLE = WORDINGS["report"].needle
+(QUESTION,) = WORDINGS["report"].questions
+PREFIX = WORDINGS["report"].prefix
 NUMBER_DIGITS = 7
-SMALLEST_HAYSTACK = 32
-"""Tokens around the needle in the shortest context."""
-
-CITIES = (
-    "Accra Amsterdam Ankara Antwerp Athens Baghdad Baku Bangkok Barcelona Beirut Belgrade Berlin "
-    "Bogota Boston Bristol Brussels Bucharest Budapest Cairo Calcutta Caracas Chicago Cologne "
-    "Copenhagen Dakar Damascus Delhi Denver Dublin Edinburgh Florence Geneva Glasgow Hamburg "
-    "Hanoi Havana Helsinki Houston Istanbul Jakarta Jerusalem Kabul Kiev Kingston Krakow Lagos "
-    "Leipzig Lima Lisbon London Madrid Manila Marseille Melbourne Memphis Milan Montreal Moscow "
-    "Mumbai Munich Nairobi Naples Nice Odessa Osaka Oslo Ottawa Oxford Palermo Paris Perth Prague "
-    "Quebec Quito Riga Rome Rotterdam Santiago Seattle Seoul Seville Shanghai Singapore Sofia "
-    "Stockholm Sydney Tallinn Tbilisi Tehran Tokyo Toronto Tunis Turin Valencia Venice Vienna "
-    "Warsaw Wellington York Zagreb Zurich"
-).split()
+SMALLEST, LARGEST = 10 ** (NUMBER_DIGITS - 1), 10**NUMBER_DIGITS
 
 
 @dataclass(frozen=True)
-class Case:
-    """One question about one context."""
+class Variant:
+    """What is hidden and asked for, as the arguments of `cases` say."""
 
-    length: int
-    """Tokens of the context, the needle included."""
-    depth: float
-    """Where the needle is: 0 at the start, 1 at the end."""
-    case: int
-    """Which repetition of the cell."""
-    question: str
-    prefix: str
-    """How the model's turn begins."""
-    answer: str
-    needle_at: int
-    """Token position of the needle in the context."""
-    haystack: Haystack = field(repr=False, compare=False)
-    """Cases of the same object share a context."""
-
-    @property
-    def context(self) -> np.ndarray:
-        """int32 [length], built when it is asked for: a grid of long contexts fills no memory."""
-        return self.haystack.build()
-
-
-@dataclass(frozen=True, eq=False)
-class Haystack:
-    """Straw with needles in it."""
-
-    length: int
-    straw: np.ndarray
-    """int32 [n], repeated to the length."""
-    first: int
-    """Where in the straw it begins."""
-    needles: tuple[np.ndarray, ...]
-    places: tuple[int, ...]
-    """How much straw is before each needle, ascending."""
-
-    def build(self) -> np.ndarray:
-        """int32 [length]."""
-        room = self.length - sum(map(len, self.needles))
-        hay = np.resize(np.roll(self.straw, -self.first), room)
-        parts, at = [], 0
-        for needle, place in zip(self.needles, self.places, strict=True):
-            parts += [hay[at:place], needle]
-            at = place
-        return np.concatenate([*parts, hay[at:]]).astype(np.int32)
+    wording: Wording
+    distractors: int
+    values: int
+    absent: bool
 
 
 def cases(
@@ -97,9 +51,15 @@ def cases(
     repetitions: int,
     seed: int,
     shared: bool = False,
+    wording: str = "report",
+    distractors: int = 0,
+    values: int = 1,
+    absent: bool = False,
 ) -> Iterator[Case]:
     """Every case of the grid, shortest first; each depends on its place and the seed only.
     Those that share a haystack come one after the other.
+
+    Variants of a case have the same needles, and begin at the same place of the haystack.
 
     Args:
         haystack: text without the needle; it is repeated to the length.
@@ -107,85 +67,118 @@ def cases(
         depths: how many depths, linearly spaced from 0 to 1 (one alone is 0.5).
         repetitions: cases a cell, each with its own city, number and start in the haystack.
         shared: whether the needles of all depths of a length and repetition lie in one haystack.
+        wording: a name in `WORDINGS`.
+        distractors: near misses for each needle, at random places of its haystack.
+        values: numbers of each city, in a needle each: the first at the depth of the case, the others
+            at random places. All of them are asked for.
+        absent: whether the city that is asked for is one without a needle. The near misses are of it.
 
     Raises:
         GemtoolError: the haystack is too short.
-        UsageError: a length has no room for the needle, or there are more depths than cities.
+        UsageError: a length has no room for the needle, there are not enough cities, or the variants
+            exclude each other.
     """
-    if shared and depths > len(CITIES):
-        raise UsageError(f"--shared: a haystack holds {len(CITIES)} needles, not {depths}")
-    straw = vocab.encode(haystack)
-    ends = sentence_ends(vocab, straw)
-    if len(straw) < 200 or len(ends) < 2:
-        raise GemtoolError("the haystack needs at least a few sentences of text")
-    places = [0.5] if depths == 1 else np.linspace(0.0, 1.0, depths).tolist()
+    variant = Variant(wording_named(wording), distractors, values, absent)
+    if absent and values > 1:
+        raise UsageError(
+            "--absent hides no number of the city that is asked for: leave --values out"
+        )
+    together = depths if shared else 1
+    # Near misses of another city need one that is left.
+    needed = together * (1 + absent) + (distractors > 0)
+    if needed > len(CITIES):
+        most = (len(CITIES) - (distractors > 0)) // (1 + absent)
+        raise UsageError(f"--depths: a haystack holds {most} needles here, not {depths}")
+    straw = Straw.of(vocab, haystack)
+
+    def of_haystack(length: int, places: list[float], case: int, key: list[int]) -> Iterator[Case]:
+        rng = np.random.default_rng(key)
+        return _cases(vocab, straw, variant, length, places, case, rng)
+
+    places = spaced(depths)
     for length in sorted(lengths):
         if shared:
             for case in range(repetitions):
-                rng = np.random.default_rng([seed, length, depths, case])
-                yield from _cases(vocab, straw, ends, length, places, case, rng)
+                yield from of_haystack(length, places, case, [seed, length, depths, case])
             continue
         for row, depth in enumerate(places):
             for case in range(repetitions):
-                rng = np.random.default_rng([seed, length, row, depths, case])
-                yield from _cases(vocab, straw, ends, length, [depth], case, rng)
-
-
-def sentence_ends(vocab: Vocab, tokens: np.ndarray) -> np.ndarray:
-    """int64: positions behind a token that ends a sentence, where a needle may stand."""
-    closing = [i for i in range(vocab.size) if vocab.piece_bytes(i)[-1:] in (b".", b"\n")]
-    return np.flatnonzero(np.isin(tokens, closing)) + 1
+                yield from of_haystack(length, [depth], case, [seed, length, row, depths, case])
 
 
 def _cases(
     vocab: Vocab,
-    straw: np.ndarray,
-    ends: np.ndarray,
+    straw: Straw,
+    variant: Variant,
     length: int,
     depths: list[float],
     case: int,
     rng: np.random.Generator,
 ) -> Iterator[Case]:
-    """The cases of one haystack, a needle a depth, in ascending order."""
+    """The cases of one haystack, a city a depth, in ascending order."""
+    wording = variant.wording
+    # What a variant adds is drawn from streams of its own: it changes nothing else.
+    for_cities, for_values, for_distractors, for_questions = rng.spawn(4)
     cities = [str(city) for city in rng.choice(CITIES, size=len(depths), replace=False)]
-    smallest, largest = 10 ** (NUMBER_DIGITS - 1), 10**NUMBER_DIGITS
-    numbers = [str(number) for number in rng.integers(smallest, largest, size=len(depths))]
-    needles = tuple(
-        vocab.encode(" " + NEEDLE.format(city=city, number=number))
-        for city, number in zip(cities, numbers, strict=True)
-    )
-    sizes = [len(needle) for needle in needles]
-    room = length - sum(sizes)
-    if room < SMALLEST_HAYSTACK:
-        raise UsageError(
-            f"a length of {length:,} has no room for needle and haystack; the shortest here is "
-            f"{sum(sizes) + SMALLEST_HAYSTACK}"
-        )
-    first = int(rng.choice(ends))
-    found = [_nearest_end(ends, len(straw), first, round(depth * room), room) for depth in depths]
-    haystack = Haystack(length, straw, first, needles, tuple(found))
-    for i, (city, number) in enumerate(zip(cities, numbers, strict=True)):
+    first = [str(number) for number in rng.integers(SMALLEST, LARGEST, size=len(depths))]
+    taken = set(first)
+    more = _unused(for_values, taken)
+    numbers = [[number, *(next(more) for _ in range(variant.values - 1))] for number in first]
+    others = [str(city) for city in for_cities.permutation(sorted(set(CITIES) - set(cities)))]
+    asked = cities
+    if variant.absent:
+        asked, others = others[: len(cities)], others[len(cities) :]
+
+    needles = [
+        [vocab.encode(" " + wording.needle.format(city=city, number=n)) for n in of_city]
+        for city, of_city in zip(cities, numbers, strict=True)
+    ]
+    hidden = [(depth, found[0]) for depth, found in zip(depths, needles, strict=True)]
+    hidden += [(for_values.random(), needle) for found in needles for needle in found[1:]]
+    false = _unused(for_distractors, taken)
+    for city in asked:
+        count = variant.distractors * variant.values
+        for text in near_misses(wording, city, others, false, count, for_distractors):
+            hidden.append((for_distractors.random(), vocab.encode(" " + text)))
+    haystack = straw.hide(length, hidden, rng)
+
+    many = variant.values > 1
+    questions = wording.questions_for_all if many else wording.questions
+    prefix = wording.prefix_for_all if many else wording.prefix
+    for i, city in enumerate(asked):
         yield Case(
             length=length,
             depth=depths[i],
             case=case,
-            question=QUESTION.format(city=city),
-            prefix=PREFIX.format(city=city),
-            answer=number,
-            needle_at=found[i] + sum(sizes[:i]),
+            question=str(for_questions.choice(questions)).format(city=city),
+            prefix=prefix.format(city=city),
+            answer="" if variant.absent else " ".join(numbers[i]),
+            needle_at=haystack.positions[i],
+            # The model may say the whole sentence for each further number.
+            max_tokens=2 * NUMBER_DIGITS + sum(len(needle) for needle in needles[i][1:]),
+            beginning=wording.beginning,
             haystack=haystack,
         )
 
 
-def _nearest_end(ends: np.ndarray, period: int, first: int, wanted: int, room: int) -> int:
-    """The end of a sentence nearest to `wanted` in the haystack rolled by `first` and repeated."""
-    turns = wanted // period
-    shifted = np.sort((ends - first) % period)
-    near = np.concatenate([shifted + k * period for k in (turns - 1, turns, turns + 1)])
-    near = np.concatenate([[0, room], near[(near >= 0) & (near <= room)]])
-    return int(near[np.argmin(np.abs(near - wanted))])
+def _unused(rng: np.random.Generator, taken: set[str]) -> Iterator[str]:
+    """Numbers that are not taken; they are then."""
+    while True:
+        number = str(rng.integers(SMALLEST, LARGEST))
+        if number not in taken:
+            taken.add(number)
+            yield number
 
 
 def score(case: Case, text: str) -> float:
-    """1 if the number stands in the text, as RULER's substring match (arXiv 2404.06654), else 0."""
-    return float(case.answer in text)
+    """The share of the case's numbers that stand in the text, as RULER's substring match (arXiv
+    2404.06654); of a case without numbers, 1 if the text claims none."""
+    numbers = case.answer.split()
+    if not numbers:
+        return float(not claims_number(text))
+    return sum(number in text for number in numbers) / len(numbers)
+
+
+def claims_number(text: str) -> bool:
+    """Whether there are four digits in a row, or thousands that are set apart (1,234)."""
+    return re.search(r"\d{4}|\d[,.'\s]\d{3}", text) is not None

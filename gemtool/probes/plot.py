@@ -67,7 +67,7 @@ def plot_heat_map(rows: Sequence[Mapping[str, Any]], target: Path, *, title: str
         if count[i, j]:
             ink = "black" if 0.2 < mean[i, j] < 0.85 else "white"
             axes.text(j, i, f"{mean[i, j]:.2f}", ha="center", va="center", fontsize=8, color=ink)
-    figure.colorbar(image, ax=axes, label="recall")
+    figure.colorbar(image, ax=axes, label="score")
     drawn = io.BytesIO()
     figure.savefig(drawn, format=target.suffix.lstrip(".") or "png", dpi=150)
     plt.close(figure)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 from gemtool.errors import CorruptInput, GemtoolError, reason
+from gemtool.probes import probe_options
 from gemtool.stream.files import atomic_write, sync_folder
 
 Row = dict[str, Any]
@@ -177,10 +178,13 @@ def require_same(
 
 
 def _require_fields(path: Path, row: Row, fields: Row, again: str) -> None:
+    # Rows written before an option was there are of its default.
+    unsaid = probe_options(fields["probe"])
     for name, value in fields.items():
-        if row.get(name) != value:
+        found = row.get(name, unsaid.get(name))
+        if found != value:
             raise GemtoolError(
-                f"{path}: its rows have {name} {row.get(name)!r}, this run {value!r}; {again}"
+                f"{path}: its rows have {name} {found!r}, this run {value!r}; {again}"
             )
 
 
