@@ -281,7 +281,52 @@ def test_weighs_what_candidates_get_of_the_attention() -> None:
                     share[i // 8] += mass[i] / total / 2
         if share.any():
             weight += (share**2).sum() / share.sum()
-    np.testing.assert_allclose(sums["weight"], weight, rtol=1e-4)
+    np.testing.assert_allclose(sums["weight"].sum(), weight, rtol=1e-4)
+
+
+def test_quality_is_told_by_the_position_of_queries() -> None:
+    """Each doubling is what a sequence cut there has more than one cut before it; other rows are no
+    candidates."""
+    p, tokens = random_params(CONFIG), tokens_of(6)
+
+    def quality(tokens: jax.Array) -> dict[str, np.ndarray]:
+        found = jax.jit(transformer.index_quality, static_argnums=1)(p, CONFIG, packed(tokens))
+        return {name: np.asarray(x) for name, x in found.items()}
+
+    whole = quality(tokens)
+    assert np.flatnonzero(whole["weight"]).tolist() == [4, 5, 6, 7, 8]  # from position 8 to LENGTH
+    alone = [quality(tokens[i : i + 1]) for i in range(2)]
+    for name, x in whole.items():
+        np.testing.assert_allclose(x, alone[0][name] + alone[1][name], rtol=1e-5, err_msg=name)
+    before = quality(tokens[:, :64])
+    after = quality(tokens[:, :128])
+    for name, x in whole.items():
+        np.testing.assert_allclose(x[:7], before[name][:7], rtol=1e-5, err_msg=name)
+        np.testing.assert_allclose(x[:8], after[name][:8], rtol=1e-5, err_msg=name)
+        assert not before[name][7:].any()
+
+
+def test_quality_counts_the_blocks_that_are_chosen_at_a_position() -> None:
+    p, batch = random_params(CONFIG), packed(tokens_of(6))
+    assert KIND.index is not None
+
+    def mass(**change: int) -> np.ndarray:
+        index = dataclasses.replace(KIND.index, **change)
+        kinds = tuple(
+            dataclasses.replace(kind, index=index) if kind.index else kind for kind in CONFIG.kinds
+        )
+        config = dataclasses.replace(CONFIG, kinds=kinds)
+        found = transformer.index_quality(p, config, batch)
+        return np.asarray(found["mass"] / np.maximum(found["weight"], 1e-9))
+
+    few, grown, all_of_them = (
+        mass(select=1, growth=0),
+        mass(select=1, growth=2, floor=64),
+        mass(select=99),
+    )
+    np.testing.assert_array_equal(few[:8], grown[:8])  # up to 128: one block
+    assert (few[8] + 0.02 < grown[8] < 1).all()  # then three
+    np.testing.assert_allclose(all_of_them[4:9], 1, atol=1e-5)
 
 
 @pytest.mark.parametrize("length", [64, 60, 5])

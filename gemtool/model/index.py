@@ -127,6 +127,9 @@ def local_blocks(index: IndexConfig, positions: jax.Array) -> jax.Array:
 
 # --- learning -------------------------------------------------------------------------------------
 
+DOUBLINGS = 32
+"""Of positions, by which the quality of an index is told apart."""
+
 
 def objective(
     p: Tree,
@@ -156,11 +159,12 @@ def objective(
         documents: int32 [B, T], equal where documents are.
 
     Returns:
-        float32 [] each, sums over queries, weighted by the share of attention that their candidates
-        get and by how much of that falls into one block (the sum of squared shares: a query that
-        looks everywhere has nothing to find): "loss", a cross-entropy; "top1", whether the block that
-        gets most has the best score; "topk", whether it is among the `select` best; "mass", the share
-        that these get of what all candidates do; and "weight", the sum of the weights.
+        float32 [DOUBLINGS] each, sums over the queries from position 2^(d-1) to 2^d, weighted by the
+        share of attention that their candidates get and by how much of that falls into one block (the
+        sum of squared shares: a query that looks everywhere has nothing to find): "loss", a
+        cross-entropy; "top1", whether the block that gets most has the best score; "topk", whether it
+        is among the best, as many as are chosen at its position; "mass", the share that these get of
+        what all candidates do; and "weight", the sum of the weights.
     """
     index = kind.index
     assert index is not None
@@ -212,8 +216,11 @@ def objective(
         scores = jnp.einsum("bqi,mij->mbqj", u, everybody).max(axis=0)
         logs = jax.nn.log_softmax(jnp.where(allowed, scores * temperature, -1e30), axis=2)
         ranked = jnp.where(allowed, scores, -jnp.inf)
-        best, _ = jax.lax.top_k(ranked, min(index.select, batch * count))
-        chosen = allowed & (ranked >= best[:, :, -1:])
+        most = min(index.most(length), batch * count)
+        best, _ = jax.lax.top_k(ranked, most)
+        last = jnp.minimum(width(index, at), most) - 1
+        least = jnp.take_along_axis(best, last[None, :, None], axis=2)
+        chosen = allowed & (ranked >= least)
         wanted = jnp.argmax(target, axis=2)[:, :, None]
         sums = {
             "loss": -(target * logs).sum(axis=2),
@@ -226,7 +233,8 @@ def objective(
 
     starts = jnp.arange(0, length, block, dtype=jnp.int32)
     each = jax.lax.map(jax.checkpoint(of_queries), starts)
-    return jax.tree.map(lambda x: x.sum(), each)
+    doublings = 32 - jax.lax.clz(starts)
+    return jax.tree.map(lambda x: jnp.zeros(DOUBLINGS, x.dtype).at[doublings].add(x), each)
 
 
 def _block_shares(

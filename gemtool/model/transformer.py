@@ -15,6 +15,7 @@ Axes: B sequences, T positions, D model, V vocabulary, N media groups of P soft 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -29,6 +30,7 @@ from gemtool.model.batch import Batch, MediaGroups
 from gemtool.model.cache import Cache, full_layers
 from gemtool.model.config import LayerKind, ModelConfig
 from gemtool.model.execution import FLOAT32, Execution
+from gemtool.model.index import DOUBLINGS
 from gemtool.model.layers import gated_mlp, glu_of, norm, soft_cap
 from gemtool.model.mesh import constrain
 from gemtool.model.moe import Stats, moe_mlp, router_loss
@@ -86,7 +88,7 @@ def forward(
     `params` may be stacked; `negatives` as in `attend_packed`. Also a dict of what the routers did:
     "load", float32 [E] a layer in the structure of `params["layers"]`; "z_loss" and "balance_loss"
     (means over layers), and "loss" float32 [], what routers add to the training loss; and if
-    `learn_index`, "index", as `index_loss` returns it.
+    `learn_index`, "index": the sums of `index.objective`, of all indexed layers.
     """
     ends = in_dtype({k: v for k, v in params.items() if k != "layers"}, execution.dtype)
     present = batch.segments > 0
@@ -108,7 +110,7 @@ def forward(
     x, stats = _run_layers(config, params["layers"], layer, x)
     summary = _router_summary(config, _only(stats, "router"))
     if learn_index:
-        summary["index"] = _index_summary(list(_having(_only(stats, "index"), "weight")))
+        summary["index"] = _index_sums(list(_having(_only(stats, "index"), "weight")))
     return norm(config, x, ends["norm"]), summary
 
 
@@ -127,8 +129,21 @@ def index_loss(
 
     params = unflatten({path: kept(path, leaf) for path, leaf in flatten(params).items()})
     _, summary = forward(params, config, batch, execution, learn_index=True)
-    metrics = dict(summary["index"])
-    return metrics.pop("index_loss"), metrics
+    sums = {name: jnp.sum(x) for name, x in summary["index"].items()}
+    weight = jnp.maximum(sums.pop("weight"), 1e-9)
+    loss = sums.pop("loss") / weight
+    return loss, {f"index_{name}": x / weight for name, x in sums.items()}
+
+
+def index_quality(
+    params: Tree, config: ModelConfig, batch: Batch, execution: Execution = FLOAT32
+) -> dict[str, jax.Array]:
+    """What `index.objective` says of all indexed layers, by doublings of the position of queries, each
+    among the blocks of its own sequence alone: float32 [DOUBLINGS] each."""
+    # Of one document, whose blocks in other sequences are nobody's candidates.
+    together = dataclasses.replace(batch, documents=jnp.minimum(batch.segments, 1))
+    _, summary = forward(params, config, together, execution, learn_index=True)
+    return summary["index"]
 
 
 def _run_layers(
@@ -331,11 +346,12 @@ def _router_summary(config: ModelConfig, stats: Tree) -> dict[str, Any]:
     }
 
 
-def _index_summary(found: list[dict[str, jax.Array]]) -> dict[str, jax.Array]:
-    """The means of what `index.objective` says of each indexed layer, some of them stacked."""
-    total = {name: sum((jnp.sum(x[name]) for x in found), jnp.zeros(())) for name in found[0]}
-    weight = jnp.maximum(total.pop("weight"), 1e-9)
-    return {f"index_{name}": value / weight for name, value in total.items()}
+def _index_sums(found: list[dict[str, jax.Array]]) -> dict[str, jax.Array]:
+    """What `index.objective` says of all indexed layers together, some of them stacked."""
+    return {
+        name: sum(x[name].reshape(-1, DOUBLINGS).sum(axis=0) for x in found)  # type: ignore[misc]
+        for name in found[0]
+    }
 
 
 def _only(stats: Tree, part: str) -> Tree:

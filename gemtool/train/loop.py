@@ -31,8 +31,9 @@ from gemtool.model.stacking import unstack_layers
 from gemtool.runtime import memory_size, setup_jax
 from gemtool.stream.files import printable
 from gemtool.stream.header import provenance
+from gemtool.train.evaluation import Evaluation
 from gemtool.train.extend import extend_params
-from gemtool.train.loader import Loader, evaluation_batches, open_data, require_match
+from gemtool.train.loader import Loader, open_data, require_match
 from gemtool.train.optimizer import default_peak, default_warmup, make_optimizer
 from gemtool.train.parts import INDEX, TRUNK, split
 from gemtool.train.placement import place_batches, state_shardings
@@ -43,7 +44,6 @@ from gemtool.train.step import (
     TrainState,
     abstract_state,
     init_state,
-    make_eval_step,
     make_train_step,
     restacked,
     stack,
@@ -141,9 +141,9 @@ class _Run:
         self.initial = open_checkpoint(options.init) if options.init and begins else None
         self.vocab = self._find_vocab()
         self.config = self._find_model()
-        self.evaluation = self._open_evaluation()
         asked = options.dtype, options.remat, options.scan
         self.execution = chosen(jax.default_backend(), *asked)
+        self.evaluation = self._open_evaluation()
         self.settings = self._settings()
         self.stages = stages_of(self.settings)
         self.steps: int = self.settings["steps"]
@@ -159,7 +159,6 @@ class _Run:
             for part, optimizer in self.optimizers.items()
         }
         self.train_steps: dict[tuple[str, int], Any] = {}
-        self.eval_step = make_eval_step(self.config, self.execution)
         self._require_memory()
 
     # What a run is made of
@@ -225,14 +224,15 @@ class _Run:
     def _fitted(self, model: str) -> ModelConfig:
         return fit_to_data(load_model(model), self.vocab.size, self.loader.settings)
 
-    def _open_evaluation(self) -> ShardFolder | None:
+    def _open_evaluation(self) -> Evaluation | None:
         if self.options.eval is None:
             return None
         folder = ShardFolder(self.options.eval)
         require_match(self.data[0][0], folder, length=False)
         for kind in sorted(folder.kinds & ENCODERS.keys()):
             self.config.encoder(ENCODERS[kind])
-        return folder
+        size = self.options.batch // self.options.accumulate
+        return Evaluation(folder, self.config, size, self.execution)
 
     def _settings(self) -> Row:
         """What determines the result; of a resumed run, what it began with.
@@ -419,8 +419,9 @@ class _Run:
                 if not has_targets and stage.train == TRUNK:
                     row["loss"] = None
                     row["reason"] = "loss: the batch has no target"
-                if is_finite and (ends or step % options.eval_every == 0):
-                    row |= self._evaluate(state.params)
+                evaluates = ends or step % options.eval_every == 0
+                if self.evaluation is not None and is_finite and evaluates:
+                    row |= self.evaluation.row(state.params, stage.train)
                 row = strict(row)
                 self.emit(row)
                 if not is_finite:
@@ -466,18 +467,6 @@ class _Run:
                 negatives,
             )
         return self.train_steps[kind]
-
-    def _evaluate(self, params: Tree) -> Row:
-        """Mean loss over the evaluation shards, if there are any."""
-        if self.evaluation is None:
-            return {}
-        size = self.options.batch // self.options.accumulate
-        sums = [
-            [float(value) for value in self.eval_step(params, batch)]
-            for batch in evaluation_batches(self.evaluation, size)
-        ]
-        loss, weight = (math.fsum(column) for column in zip(*sums, strict=True))
-        return {"eval_loss": loss / weight if weight else math.nan}
 
     def _fail(self, step: int) -> None:
         self.folder.finish()

@@ -18,7 +18,7 @@ from gemtool.model.execution import FLOAT32, Execution
 from gemtool.model.moe import update_biases
 from gemtool.model.params import Tree, abstract_params, flatten, init_params, unflatten
 from gemtool.model.stacking import STACK, repeats, stack_layers, unstack_layers
-from gemtool.model.transformer import forward, index_loss
+from gemtool.model.transformer import forward, index_loss, index_quality
 from gemtool.train.objectives import next_token_loss
 from gemtool.train.parts import INDEX, TRUNK, merge, split
 
@@ -217,6 +217,18 @@ def make_train_step(
         return TrainState(params, optimizer_state, state.step + 1), metrics
 
     return train_step
+
+
+def make_index_eval_step(
+    config: ModelConfig, execution: Execution = FLOAT32
+) -> Callable[[Tree, Batch], dict[str, jax.Array]]:
+    """A jitted function: `index_quality` of a batch [B, T]."""
+
+    @jax.jit
+    def index_eval_step(params: Tree, batch: Batch) -> dict[str, jax.Array]:
+        return index_quality(params, config, batch, execution)
+
+    return index_eval_step
 
 
 def make_eval_step(
