@@ -1,0 +1,133 @@
+"""Leaves out of the recipe one thing at a time, and asks at 64,000 tokens: a short training of each.
+
+    python ablations.py                    all, into ../../build/recall/ablations; done ones are skipped
+    python ablations.py shift sticky       some
+    python ablations.py --list             what there is
+
+Each is a folder of its own, made by the Makefile of the recipe with another model.toml and stages.toml;
+interrupted, it goes on where it was. Five to ten minutes each on one core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+
+MODEL, STAGES = (HERE / name for name in ("model.toml", "stages.toml"))
+
+# kinds.S: as kinds.G, with whose keys and values it works.
+TEXT = MODEL.read_text()
+GLOBAL = TEXT[TEXT.index("[kinds.G]") : TEXT.index("[moe]")]
+SHARING = (
+    GLOBAL.replace("kinds.G", "kinds.S")
+    .replace('attention = "indexed"', 'attention = "indexed"\nshares = "G"')
+    .replace("key_shift = 1\ntie_qk_init = true\n", "")
+    .replace("block = 64\n", "")
+)
+EXPERTS = TEXT[TEXT.index("[moe]") :]
+
+VARIANTS: dict[str, tuple[str, list[tuple[str, str]]]] = {
+    "base": ("the recipe, shorter", []),
+    "shift": ("keys see their own token", [("key_shift = 1", "key_shift = 0")]),
+    "tie": ("keys begin unlike queries", [("tie_qk_init = true", "tie_qk_init = false")]),
+    "conv8": ("a convolution of 8 tokens, not 16", [("qk_conv = 16", "qk_conv = 8")]),
+    "conv4": ("a convolution of 4 tokens", [("qk_conv = 16", "qk_conv = 4")]),
+    "negatives": ("no keys of other sequences", [("negatives = 2", "negatives = 0")]),
+    "sticky": ("a query scores blocks by itself alone", [("sticky = 8", "sticky = 1")]),
+    "landmarks4": ("4 landmarks a block, not 8", [("landmarks = 8", "landmarks = 4")]),
+    "landmarks1": ("1 landmark a block", [("landmarks = 8", "landmarks = 1")]),
+    "block32": (
+        "blocks of 32 tokens, not 64; twice as many chosen",
+        [
+            ("block = 64", "block = 32"),
+            ("local = 2", "local = 4"),
+            ("select = 32", "select = 64"),
+            ("growth = 4", "growth = 8"),
+        ],
+    ),
+    "temperature": (
+        "attention no sharper further on",
+        [("length_scale = 0.1", "length_scale = 0.0")],
+    ),
+    "horizon": (
+        "the index learns from attention as it falls",
+        [("sticky = 8", "sticky = 8\nhorizon = 1")],
+    ),
+    "two": (
+        "a second global layer, on the keys of the first",
+        [('layers = "LLGL"', 'layers = "LLGLSL"'), ("[moe]", SHARING + "[moe]")],
+    ),
+    "dense": (
+        "no experts: a feed-forward layer of 384 in each",
+        [(EXPERTS, ""), ("dense_layers = 1\n", "")],
+    ),
+}
+"""Name -> what it is, and what is replaced in model.toml and stages.toml."""
+
+
+def changed(text: str, changes: list[tuple[str, str]]) -> str:
+    for old, new in changes:
+        text = text.replace(old, new)
+    return text
+
+
+def write_if_new(path: Path, text: str) -> None:
+    """For `make`, a file that says the same is as old as it was."""
+    if not path.exists() or path.read_text() != text:
+        path.write_text(text)
+
+
+def run(name: str, folder: Path, options: argparse.Namespace) -> None:
+    changes = VARIANTS[name][1]
+    model, stages = MODEL.read_text(), STAGES.read_text()
+    for old, _ in changes:
+        if old not in model + stages:
+            raise SystemExit(f"{name}: {old!r} is in neither {MODEL.name} nor {STAGES.name}")
+    stages = re.sub(r"steps = \d+", "steps = {}", stages).format(*options.steps)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_if_new(folder / "model.toml", changed(model, changes))
+    write_if_new(folder / "stages.toml", changed(stages, changes))
+    settings = {
+        "BUILD": folder,
+        "MODEL": folder / "model.toml",
+        "STAGES": folder / "stages.toml",
+        "SHARDS": folder.parent / "shards",
+        "LENGTH": 512,
+        "DOCUMENTS": "--documents 3000 --words 130 --needles 3",
+        "LENGTHS": options.lengths,
+        "SEED": options.seed,
+    }
+    command = ["make", "-s", "-C", str(HERE), f"{folder}/recall.jsonl"]
+    subprocess.run([*command, *(f"{k}={v}" for k, v in settings.items())], check=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(VARIANTS))
+    parser.add_argument("--list", action="store_true", help="what there is, and what was found")
+    parser.add_argument(
+        "--steps", type=int, nargs=2, default=(200, 300), metavar=("TRUNK", "INDEX")
+    )
+    parser.add_argument("--lengths", default="64k")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--build", type=Path, default=HERE / "../../build/recall/ablations")
+    options = parser.parse_args()
+    build = options.build.resolve()
+    for name in options.names or VARIANTS:
+        if name not in VARIANTS:
+            parser.error(f"no ablation {name!r}; there are {', '.join(VARIANTS)}")
+        if not options.list:
+            run(name, build / name, options)
+        rows = build / name / "recall.jsonl"
+        scores = [json.loads(line)["score"] for line in rows.open()] if rows.exists() else []
+        found = f"{sum(scores):.0f} of {len(scores)}" if scores else ""
+        print(f"{name:12} {VARIANTS[name][0]:52} {found}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
