@@ -4,8 +4,8 @@ Each document is a piece of text in which sentences "The special magic {key} num
 hidden, near misses among them, followed by a chat that asks for some: in the words of the report, in
 others, for several in one turn, and for keys that are not there. One document in five has a wording of
 their own, of words of the text. Keys are words of the text too or made up, never the cities that
-`gemtool probe` asks for; text, paraphrases and near misses are not the probe's either: what is measured has
-not been seen in training.
+`gemtool probe` asks for; text, paraphrases and near misses are not the probe's either: what is measured
+has not been seen in training.
 
     python documents.py TEXT.txt.gz --documents 2400 > needles.jsonl
 """
