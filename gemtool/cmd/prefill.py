@@ -53,6 +53,21 @@ def prefill(
             "in its place; 0 is its own alone. Goes with -o.",
         ),
     ] = None,
+    append: Annotated[
+        str | None,
+        typer.Option(
+            "--append",
+            metavar="CTX",
+            help="Continue the context of a file with each document. What is written holds what is "
+            "new, and names that file.",
+        ),
+    ] = None,
+    flatten: Annotated[
+        bool,
+        typer.Option(
+            "--flatten", help="Make contexts that continue others into files that need no other."
+        ),
+    ] = False,
     mesh: Mesh = None,
     dry_run: Annotated[
         bool,
@@ -80,6 +95,19 @@ def prefill(
     how = {"model": model, "ckpt": ckpt, "mesh": mesh, "chunk": chunk}
     if compiled("prefill", compile_only, topology, length, **how):
         return
+    if flatten:
+        given = {
+            "--ckpt": ckpt,
+            "--append": append,
+            "--logprobs": logprobs,
+            "--chunk": chunk,
+            "--mesh": mesh,
+        }
+        needless = [option for option, value in given.items() if value is not None]
+        if needless or dry_run:
+            raise UsageError(f"--flatten goes without {(needless or ['--dry-run'])[0]}")
+        _flatten(inputs, output, force=force, no_pg=no_pg)
+        return
     require_given({"--ckpt": ckpt})
     assert ckpt is not None
     from gemtool.checkpoint import open_checkpoint
@@ -100,15 +128,18 @@ def prefill(
     with open_all_spans(inputs, recover=recover) as spans:
         require_settings(spans.header, checkpoint, name)
         setup_jax()
+        from gemtool.infer.contexts import open_base
         from gemtool.infer.engine import Engine
         from gemtool.infer.prefill import Planner, write_context
         from gemtool.model.mesh import open_mesh
 
         engine = Engine(checkpoint, chunk, open_mesh(mesh, checkpoint.config))
+        base = None if append is None else open_base(engine, append, output)
         if dry_run:
-            planner = Planner(engine, logprobs)
+            planner, start = Planner(engine, logprobs), 0 if base is None else base.sequence.length
             for doc, document in documents(spans, name):
-                print(json.dumps({"doc": doc, **planner.plan(document).to_dict()}), flush=True)
+                plan = planner.plan(document, start).to_dict()
+                print(json.dumps({"doc": doc, **plan}), flush=True)
             return
         coming, total = expected(inputs) or (None, None)
         room = total if coming == 1 and total is not None else 0
@@ -120,14 +151,33 @@ def prefill(
         ):
             for doc, document in documents(spans, name):
                 footer = write_context(
-                    engine, doc, document, sink, pg=pg, expected=room, on_tokens=bar.update,
+                    engine, doc, document, sink, base=base, pg=pg, expected=room, on_tokens=bar.update,
                     logprobs=logprobs, on_rows=_print,
                 )  # fmt: skip
-                number, tokens = number + 1, tokens + footer["length"]
+                new = footer["length"] - (0 if base is None else base.sequence.length)
+                number, tokens = number + 1, tokens + new
                 log.debug(f"{doc}: {footer['length']:,} tokens", kinds=footer["kinds"])
             if not number:
                 raise GemtoolError(f"{name}: no documents")
     log.info(f"prefilled {counted(number, 'document')}, {counted(tokens, 'token')}")
+
+
+def _flatten(inputs: list[str] | None, output: str | None, *, force: bool, no_pg: bool) -> None:
+    """Contexts, a file or more or standard input, each with all that it continues -> one output."""
+    from gemtool.stream.context import open_contexts
+    from gemtool.stream.files import open_output
+    from gemtool.stream.header import provenance
+    from gemtool.stream.lineage import flatten
+
+    number = 0
+    with open_output(output, force=force) as sink:
+        for path in inputs or ["-"]:
+            with open_contexts(path) as contexts:
+                for reader in contexts:
+                    pg = reader.header.pg
+                    flatten(reader, sink, () if no_pg else (*pg, provenance("prefill", pg)))
+                    number += 1
+    log.info(f"flattened {counted(number, 'context')}")
 
 
 _encode = json.JSONEncoder(ensure_ascii=False).encode

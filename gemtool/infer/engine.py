@@ -366,9 +366,11 @@ class Engine:
             soft = encode(self.params, self.config, kind, values, rows)
         return np.asarray(soft, np.float32)
 
-    def tiles(self, pieces: Iterable[Piece], boundary: int | None = None) -> Iterator[Tile]:
-        """The tiles in which `prefill` runs a document."""
-        return tiles_of(pieces, self.chunk, reach=self.reach, boundary=boundary)
+    def tiles(
+        self, pieces: Iterable[Piece], boundary: int | None = None, start: int = 0
+    ) -> Iterator[Tile]:
+        """The tiles in which `prefill` runs a document, or what continues it from `start`."""
+        return tiles_of(pieces, self.chunk, reach=self.reach, boundary=boundary, start=start)
 
     def prefill(
         self,

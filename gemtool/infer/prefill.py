@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from typing import Any, BinaryIO
 
 import numpy as np
 
-from gemtool.infer.engine import Engine
+from gemtool.infer.contexts import Base
+from gemtool.infer.engine import Engine, Sequence
 from gemtool.infer.pieces import GROUPS, Piece, Tile, check_span, pieces_of
 from gemtool.stream.context import BLOCK, STATE_EVERY, ContextWriter
 from gemtool.stream.header import provenance
@@ -21,11 +23,14 @@ Row = Mapping[str, Any]
 
 
 class _Tally:
-    """Counts tokens by kind and hashes media as spans pass through."""
+    """Counts tokens by kind and hashes media as spans pass through, from a parent's footer on."""
 
-    def __init__(self) -> None:
-        self.kinds: dict[str, int] = {}
-        self._media: dict[str, Any] = {}
+    def __init__(self, before: Mapping[str, Any]) -> None:
+        self.kinds: dict[str, int] = dict(before.get("kinds", {}))
+        self._media: dict[str, Any] = {
+            kind: hashlib.sha256(digest.encode())
+            for kind, digest in before.get("media_sha256", {}).items()
+        }
 
     def through(self, spans: Iterable[Span]) -> Iterator[Span]:
         for span in spans:
@@ -45,6 +50,7 @@ def write_context(
     spans: Iterable[Span],
     sink: BinaryIO,
     *,
+    base: Base | None = None,
     pg: tuple[Any, ...] | None = (),
     expected: int = 0,
     on_tokens: Callable[[int], None] = lambda count: None,
@@ -58,6 +64,8 @@ def write_context(
         doc: id of the document.
         spans: of the document, without its end-of-document token; at least one token.
         sink: where the context goes.
+        base: the context that the document continues, which is named, not copied. It can be continued
+            again, also by another document.
         pg: provenance of the spans, to which this program is added; None leaves it out.
         expected: tokens that are likely to come, to make room for them at once.
         on_tokens: called with the number of tokens of each tile.
@@ -71,11 +79,36 @@ def write_context(
     header = engine.header(doc)
     if pg is not None:
         header = replace(header, pg=(*pg, provenance("prefill", pg)))
-    writer = ContextWriter(sink, header)
-    sequence, tally = engine.begin(expected), _Tally()
-    waiting = np.empty(0, np.int32)
-    pieces = pieces_of(tally.through(spans), engine.config, engine.encode)
-    for tile in engine.tiles(pieces, boundary=STATE_EVERY):
+    if base is None:
+        whole: AbstractContextManager[Sequence] = nullcontext(engine.begin(expected))
+        waiting, tally = np.empty(0, np.int32), _Tally({})
+    else:
+        base.sequence.reserve(base.sequence.length + expected)
+        whole, waiting, tally = base.sequence.fork(), base.tail, _Tally(base.footer)
+        start = base.sequence.length - len(waiting)
+        header = replace(header, parent=base.parent, start=start)
+    with whole as sequence:
+        writer = ContextWriter(sink, header)
+        pieces = pieces_of(tally.through(spans), engine.config, engine.encode)
+        tiles = engine.tiles(pieces, boundary=STATE_EVERY, start=sequence.length)
+        _run(engine, doc, sequence, tiles, waiting, writer, on_tokens, logprobs, on_rows)
+        return writer.close(tally.kinds, tally.media())
+
+
+def _run(
+    engine: Engine,
+    doc: str,
+    sequence: Sequence,
+    tiles: Iterable[Tile],
+    waiting: np.ndarray,
+    writer: ContextWriter,
+    on_tokens: Callable[[int], None],
+    logprobs: int | None,
+    on_rows: Callable[[Iterable[Row]], None],
+) -> None:
+    """Runs tiles, and writes blocks as they are full, states and the end; `waiting` int32 [n] are the
+    tokens of the block that a sequence ends in."""
+    for tile in tiles:
         size, tokens = engine.tile_size(len(tile.piece)), tile.piece.tokens
         if logprobs is None:
             sequence.run(tile, size)
@@ -95,7 +128,6 @@ def write_context(
     writer.state(sequence.state())
     assert sequence.logits is not None
     writer.end(sequence.logits)
-    return writer.close(tally.kinds, tally.media())
 
 
 @dataclass(frozen=True)
@@ -155,8 +187,9 @@ class Planner:
             self._media[kind] = _seconds(lambda: self._engine.encode(kind, values, rows)) / GROUPS
         return self._media[kind]
 
-    def plan(self, spans: Iterable[Span]) -> Plan:
-        """Counts the tokens of a document, without running it, and says what it would take."""
+    def plan(self, spans: Iterable[Span], start: int = 0) -> Plan:
+        """Counts the tokens of a document, without running it, and says what it would take behind
+        `start` tokens that are there."""
         engine, tokens, groups = self._engine, 0, dict.fromkeys(("visual", "audio"), 0)
         for span in spans:
             check_span(span, engine.config)
@@ -165,14 +198,16 @@ class Planner:
                 groups["audio" if span.kind == "audio" else "visual"] += 1
         size = engine.tile_size(min(tokens, engine.chunk, STATE_EVERY))
         constant, slope = self._tile_seconds(size)
-        seconds = -(-tokens // size) * (constant + slope * tokens / 2)
+        seconds = -(-tokens // size) * (constant + slope * (start + tokens / 2))
         seconds += sum(count * self._group_seconds(kind) for kind, count in groups.items() if count)
         row = engine.row_bytes()
-        states = -(-tokens // STATE_EVERY)
+        states = -(-(start % STATE_EVERY + tokens) // STATE_EVERY)
         return Plan(
             tokens=tokens,
-            memory=engine.bytes_for(tokens),
-            disk=tokens * (row + 4) + states * engine.state_bytes() + 4 * engine.config.vocab_size,
+            memory=engine.bytes_for(start + tokens),
+            disk=(start % BLOCK + tokens) * (row + 4)
+            + states * engine.state_bytes()
+            + 4 * engine.config.vocab_size,
             seconds=seconds,
         )
 
