@@ -70,7 +70,8 @@ def write_context(
         expected: tokens that are likely to come, to make room for them at once.
         on_tokens: called with the number of tokens of each tile.
         logprobs: score every token, and so many of the most likely in its place; None: only what
-            comes after the last.
+            comes after the last. The context is the same, but for the states before the last: those
+            of scored tokens have the windows of layers that `step_kv` leaves as they were.
         on_rows: called with what `Entries.rows` says of the tokens of each tile, if they are scored.
 
     Raises:
