@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Iterable, Mapping
-from typing import Annotated, Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
 
 import typer
 
@@ -25,6 +26,10 @@ from gemtool.cmd.options import (
     require_given,
 )
 from gemtool.errors import GemtoolError, UsageError, counted, reason
+
+if TYPE_CHECKING:
+    from gemtool.infer.engine import Engine
+    from gemtool.infer.resume import Left
 
 
 @common
@@ -68,6 +73,10 @@ def prefill(
             "--flatten", help="Make contexts that continue others into files that need no other."
         ),
     ] = False,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Go on with an interrupted -o FILE, from its last state."),
+    ] = False,
     mesh: Mesh = None,
     dry_run: Annotated[
         bool,
@@ -104,8 +113,9 @@ def prefill(
             "--mesh": mesh,
         }
         needless = [option for option, value in given.items() if value is not None]
-        if needless or dry_run:
-            raise UsageError(f"--flatten goes without {(needless or ['--dry-run'])[0]}")
+        needless += ["--dry-run"] * dry_run + ["--resume"] * resume
+        if needless:
+            raise UsageError(f"--flatten goes without {needless[0]}")
         _flatten(inputs, output, force=force, no_pg=no_pg)
         return
     require_given({"--ckpt": ckpt})
@@ -113,7 +123,7 @@ def prefill(
     from gemtool.checkpoint import open_checkpoint
     from gemtool.infer.documents import documents, expected, require_settings
     from gemtool.runtime import setup_jax
-    from gemtool.stream.files import display_name, open_output
+    from gemtool.stream.files import display_name, is_resumable
     from gemtool.stream.join import open_all_spans
 
     if dry_run and output is not None:
@@ -123,6 +133,10 @@ def prefill(
             "--logprobs prints on standard output; write the context with -o FILE, or nowhere with "
             "-o /dev/null"
         )
+    if resume and (logprobs is not None or dry_run):
+        raise UsageError(f"--resume goes without {'--dry-run' if dry_run else '--logprobs'}")
+    if resume and not is_resumable(output):
+        raise UsageError("--resume needs -o FILE: what went elsewhere cannot be read back")
     name = display_name(inputs[0] if inputs else None)
     checkpoint = open_checkpoint(ckpt)
     with open_all_spans(inputs, recover=recover) as spans:
@@ -131,6 +145,7 @@ def prefill(
         from gemtool.infer.contexts import open_base
         from gemtool.infer.engine import Engine
         from gemtool.infer.prefill import Planner, write_context
+        from gemtool.infer.resume import skip_whole
         from gemtool.model.mesh import open_mesh
 
         engine = Engine(checkpoint, chunk, open_mesh(mesh, checkpoint.config))
@@ -146,20 +161,54 @@ def prefill(
         pg = None if no_pg else spans.header.pg
         number = tokens = 0
         with (
-            open_output(output, force=force) as sink,
+            _opened(engine, output, force=force, resume=resume) as (sink, left, keep),
             log.progress("prefill", total=total, unit="tokens") as bar,
         ):
+            before = 0 if base is None else base.sequence.length
             for doc, document in documents(spans, name):
-                footer = write_context(
-                    engine, doc, document, sink, base=base, pg=pg, expected=room, on_tokens=bar.update,
-                    logprobs=logprobs, on_rows=_print,
-                )  # fmt: skip
-                new = footer["length"] - (0 if base is None else base.sequence.length)
-                number, tokens = number + 1, tokens + new
+                if number < len(left.whole):
+                    footer = left.whole[number]
+                    skip_whole(footer, doc, document, base)
+                    bar.update(footer["length"] - before)
+                else:
+                    begun = left.begun if number == len(left.whole) else None
+                    footer = write_context(
+                        engine, doc, document, sink, base=base, begun=begun, pg=pg, expected=room,
+                        on_tokens=bar.update, on_state=keep, logprobs=logprobs, on_rows=_print,
+                    )  # fmt: skip
+                    keep()
+                number, tokens = number + 1, tokens + footer["length"] - before
                 log.debug(f"{doc}: {footer['length']:,} tokens", kinds=footer["kinds"])
             if not number:
                 raise GemtoolError(f"{name}: no documents")
+            if number < len(left.whole) + (left.begun is not None):
+                raise GemtoolError(
+                    f"--resume: {output} was begun with more documents than {name} has"
+                )
     log.info(f"prefilled {counted(number, 'document')}, {counted(tokens, 'token')}")
+
+
+@contextlib.contextmanager
+def _opened(
+    engine: Engine, output: str | None, *, force: bool, resume: bool
+) -> Iterator[tuple[BinaryIO, Left, Callable[[], None]]]:
+    """The output, what is left in it of a run before, and what to call when an interruption shall leave
+    what is written."""
+    from gemtool.infer.resume import Left, read_left
+    from gemtool.stream.files import is_resumable, open_output, resumable_output
+
+    if not is_resumable(output):
+        with open_output(output, force=force) as sink:
+            yield sink, Left(), lambda: None
+        return
+    with resumable_output(str(output), force=force, resume=resume) as partial:
+        left = read_left(engine, partial.path) if resume else Left()
+        partial.cut(left.end)
+        if left.end:
+            there = sum(footer["length"] for footer in left.whole)
+            there += 0 if left.begun is None else left.begun.sequence.length
+            log.info(f"{partial.path}: goes on after {counted(there, 'token')}")
+        yield partial.file, left, partial.keep
 
 
 def _flatten(inputs: list[str] | None, output: str | None, *, force: bool, no_pg: bool) -> None:

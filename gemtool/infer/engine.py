@@ -319,9 +319,10 @@ class Engine:
         length: int,
         blocks: list[Mapping[str, np.ndarray]],
         state: Mapping[str, np.ndarray],
-        logits: np.ndarray,
+        logits: np.ndarray | None,
     ) -> Sequence:
-        """A sequence from what `Sequence.block` and `Sequence.state` gave."""
+        """A sequence from what `Sequence.block` and `Sequence.state` gave; `logits` are None where it
+        is to go on before it is asked."""
         capacity = capacity_for(length + 2 * PROMPT_TILE)
         empty, like = abstract_sequence(self.config, capacity, self.mesh)
         buffers = tuple(
@@ -334,7 +335,7 @@ class Engine:
         given = {"length": np.int32(length), **state}
         cache = map_state(self.config, like, lambda path, x: _put(np.array(given[path]), x))
         sequence = Sequence(self, buffers, cache, length)
-        sequence._logits = np.array(logits)
+        sequence._logits = None if logits is None else np.array(logits)
         return sequence
 
     def bytes_for(self, length: int) -> int:

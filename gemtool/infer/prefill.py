@@ -11,10 +11,12 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from gemtool.errors import GemtoolError
 from gemtool.infer.contexts import Base
 from gemtool.infer.engine import Engine, Sequence
 from gemtool.infer.pieces import GROUPS, Piece, Tile, check_span, pieces_of
-from gemtool.stream.context import BLOCK, STATE_EVERY, ContextWriter
+from gemtool.stream.checked import Counts
+from gemtool.stream.context import BLOCK, STATE_EVERY, ContextHeader, ContextWriter
 from gemtool.stream.header import provenance
 from gemtool.stream.spans import Span
 
@@ -22,7 +24,7 @@ Row = Mapping[str, Any]
 """A JSON object."""
 
 
-class _Tally:
+class Tally:
     """Counts tokens by kind and hashes media as spans pass through, from a parent's footer on."""
 
     def __init__(self, before: Mapping[str, Any]) -> None:
@@ -51,9 +53,11 @@ def write_context(
     sink: BinaryIO,
     *,
     base: Base | None = None,
+    begun: Begun | None = None,
     pg: tuple[Any, ...] | None = (),
     expected: int = 0,
     on_tokens: Callable[[int], None] = lambda count: None,
+    on_state: Callable[[], None] = lambda: None,
     logprobs: int | None = None,
     on_rows: Callable[[Iterable[Row]], None] = lambda rows: None,
 ) -> dict[str, Any]:
@@ -66,34 +70,107 @@ def write_context(
         sink: where the context goes.
         base: the context that the document continues, which is named, not copied. It can be continued
             again, also by another document.
+        begun: what is there of this context, at whose end `sink` is; the rest is written as if it had
+            not been interrupted.
         pg: provenance of the spans, to which this program is added; None leaves it out.
         expected: tokens that are likely to come, to make room for them at once.
         on_tokens: called with the number of tokens of each tile.
+        on_state: called when a state before the last is written.
         logprobs: score every token, and so many of the most likely in its place; None: only what
             comes after the last. The context is the same, but for the states before the last: those
             of scored tokens have the windows of layers that `step_kv` leaves as they were.
         on_rows: called with what `Entries.rows` says of the tokens of each tile, if they are scored.
 
     Raises:
-        GemtoolError: scores were asked for and are not finite numbers.
+        GemtoolError: scores were asked for and are not finite numbers, or `begun` is not of this
+            document.
     """
     header = engine.header(doc)
     if pg is not None:
         header = replace(header, pg=(*pg, provenance("prefill", pg)))
     if base is None:
         whole: AbstractContextManager[Sequence] = nullcontext(engine.begin(expected))
-        waiting, tally = np.empty(0, np.int32), _Tally({})
+        waiting, tally = np.empty(0, np.int32), Tally({})
     else:
         base.sequence.reserve(base.sequence.length + expected)
-        whole, waiting, tally = base.sequence.fork(), base.tail, _Tally(base.footer)
+        whole, waiting, tally = base.sequence.fork(), base.tail, Tally(base.footer)
         start = base.sequence.length - len(waiting)
         header = replace(header, parent=base.parent, start=start)
     with whole as sequence:
-        writer = ContextWriter(sink, header)
-        pieces = pieces_of(tally.through(spans), engine.config, engine.encode)
+        if begun is None:
+            writer = ContextWriter(sink, header)
+            pieces = pieces_of(tally.through(spans), engine.config, engine.encode)
+        else:
+            require_begun(begun.header, header)
+            known = begun.tokens[len(waiting) :]
+            writer = ContextWriter(sink, begun.header, begun.counts, begun.tokens)
+            pieces = _pieces_behind(known, tally.through(spans), doc, engine)
+            sequence, waiting = begun.sequence, np.empty(0, np.int32)
+            on_tokens(len(known))
         tiles = engine.tiles(pieces, boundary=STATE_EVERY, start=sequence.length)
-        _run(engine, doc, sequence, tiles, waiting, writer, on_tokens, logprobs, on_rows)
+        _run(engine, doc, sequence, tiles, waiting, writer, on_tokens, on_state, logprobs, on_rows)
         return writer.close(tally.kinds, tally.media())
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A context whose writing was interrupted, up to its last state."""
+
+    sequence: Sequence
+    header: ContextHeader
+    tokens: np.ndarray
+    """int32 [n]: those of its blocks, from `header.start` on."""
+    counts: Counts
+    """What is written of it."""
+
+
+def require_begun(found: ContextHeader, wanted: ContextHeader) -> None:
+    """Refuses to go on with another context than was begun.
+
+    Raises:
+        GemtoolError: it is of another document, or continues another one.
+    """
+    pairs = (("document", found.doc, wanted.doc), ("parent", found.parent, wanted.parent))
+    for what, a, b in pairs:
+        if a != b:
+            raise GemtoolError(
+                f"--resume: the context that was begun has another {what}: {a!r}, not {b!r}; go on "
+                "with the input that it was begun with, or leave out --resume"
+            )
+
+
+def _pieces_behind(
+    known: np.ndarray, spans: Iterable[Span], doc: str, engine: Engine
+) -> Iterator[Piece]:
+    """The pieces of a document behind the tokens int32 [n] that went through the model already, of
+    which no media is encoded again.
+
+    Raises:
+        GemtoolError: the document does not begin with them.
+    """
+    skipped = at = 0
+
+    def rest() -> Iterator[Span]:
+        nonlocal skipped, at
+        for span in spans:
+            there = known[at : at + len(span.tokens)]
+            if not np.array_equal(span.tokens[: len(there)], there):
+                break
+            at += len(span.tokens)
+            if at > len(known):
+                yield span
+            else:
+                skipped = at
+        if at < len(known):
+            raise GemtoolError(
+                f"--resume: document {doc!r} is another than the one that was begun, from token {at:,} "
+                "on; leave out --resume"
+            )
+
+    for piece in pieces_of(rest(), engine.config, engine.encode):
+        cut = min(max(len(known) - skipped, 0), len(piece))
+        skipped += len(piece)
+        yield piece.cut(cut)[1]
 
 
 def _run(
@@ -104,6 +181,7 @@ def _run(
     waiting: np.ndarray,
     writer: ContextWriter,
     on_tokens: Callable[[int], None],
+    on_state: Callable[[], None],
     logprobs: int | None,
     on_rows: Callable[[Iterable[Row]], None],
 ) -> None:
@@ -123,6 +201,7 @@ def _run(
             waiting = waiting[BLOCK:]
         if sequence.length % STATE_EVERY == 0 and not tile.last:
             writer.state(sequence.state())
+            on_state()
         on_tokens(len(tile.piece))
     if len(waiting):
         writer.block(waiting, sequence.block(writer.length, sequence.length))

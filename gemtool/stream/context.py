@@ -34,7 +34,7 @@ import numpy as np
 import pyarrow as pa
 
 from gemtool.errors import CorruptInput, GemtoolError
-from gemtool.stream.checked import CheckedReader, CheckedWriter, Source, encode_json
+from gemtool.stream.checked import CheckedReader, CheckedWriter, Counts, Source, encode_json
 from gemtool.stream.columns import binary_view, large_binary
 from gemtool.stream.files import display_name, is_stdin, open_input
 
@@ -202,13 +202,26 @@ def context_id(footer: Mapping[str, Any]) -> str:
 
 
 class ContextWriter:
-    """Writes one context. Without `close`, what was written has no footer and is truncated."""
+    """Writes one context. Without `close`, what was written has no footer and is truncated.
 
-    def __init__(self, sink: BinaryIO, header: ContextHeader) -> None:
+    With `after`, `sink` is at the end of a context that holds so much, of `tokens` int32 [n], and it
+    goes on.
+    """
+
+    def __init__(
+        self,
+        sink: BinaryIO,
+        header: ContextHeader,
+        after: Counts | None = None,
+        tokens: np.ndarray | None = None,
+    ) -> None:
         self.header = header
         self.length = header.start
-        self._writer = CheckedWriter(sink, CONTEXT_SCHEMA, header.to_dict())
+        self._writer = CheckedWriter(sink, CONTEXT_SCHEMA, header.to_dict(), after)
         self._tokens = hashlib.sha256()
+        if tokens is not None:
+            self._tokens.update(np.ascontiguousarray(tokens, "<i4").tobytes())
+            self.length += len(tokens)
 
     def block(self, tokens: np.ndarray, arrays: Mapping[str, np.ndarray]) -> None:
         """Appends the next tokens, int32 [n], and what layers keep of them, each [1, n, ...]."""
@@ -299,6 +312,16 @@ class ContextReader:
         self.name = name
         self.footer: dict[str, Any] = {}
         self._parts = self._read()
+
+    @property
+    def position(self) -> int:
+        """Bytes of the input up to the end of the last part that was given."""
+        return self._stream.position
+
+    @property
+    def counts(self) -> Counts:
+        """What the parts so far hold."""
+        return self._stream.counts
 
     @property
     def id(self) -> str:
