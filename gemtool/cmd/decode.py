@@ -25,10 +25,11 @@ from gemtool.cmd.options import (
     compiled,
     require_given,
 )
-from gemtool.errors import CorruptInput, NoInput, UsageError
+from gemtool.errors import CorruptInput, NoInput, UsageError, reason
 
 if TYPE_CHECKING:
     from gemtool.infer.decode import Request
+    from gemtool.infer.grammar import Grammar
     from gemtool.infer.text import Prompt
 
 
@@ -64,7 +65,7 @@ def decode(
             "--prompts",
             metavar="FILE.jsonl",
             help="Many prompts, an object a line: prompt, and if wanted id, doc, prefix, "
-            "max_tokens, stop, seed, temperature, top_k, top_p, min_p.",
+            "max_tokens, stop, seed, temperature, top_k, top_p, min_p, json_schema, regex, grammar.",
         ),
     ] = None,
     max_tokens: Annotated[
@@ -91,6 +92,20 @@ def decode(
     stop: Annotated[
         list[str] | None,
         typer.Option("--stop", metavar="TEXT", help="End before TEXT; repeat for more."),
+    ] = None,
+    json_schema: Annotated[
+        str | None,
+        typer.Option(
+            "--json-schema", metavar="FILE|JSON", help="The answer is JSON that follows a schema."
+        ),
+    ] = None,
+    regex: Annotated[
+        str | None,
+        typer.Option("--regex", metavar="PATTERN", help="The whole answer matches a pattern."),
+    ] = None,
+    grammar: Annotated[
+        str | None,
+        typer.Option("--grammar", metavar="FILE", help="The answer follows a grammar (Lark)."),
     ] = None,
     raw: Annotated[
         bool, typer.Option("--raw", help="Continue the text as it is, not as a conversation.")
@@ -133,6 +148,7 @@ def decode(
     if prompt == "" and not (raw and cache):
         raise UsageError("--prompt is empty; give a question, or with --cache and --raw go on")
 
+    constraint = _grammar(json_schema, regex, grammar)
     from gemtool.infer.sampling import Sampling
     from gemtool.infer.text import Prompt
     from gemtool.runtime import setup_jax
@@ -146,6 +162,7 @@ def decode(
         stop=tuple(stop or ()),
         seed=seed,
         logprobs=logprobs,
+        grammar=constraint,
     )
     setup_jax()
     with (
@@ -153,6 +170,33 @@ def decode(
         open_output(output, force=force, binary=False) as sink,
     ):
         _answer(ckpt, mesh, cache, requests, sink, as_text)
+
+
+def _grammar(json_schema: str | None, regex: str | None, grammar: str | None) -> Grammar | None:
+    """What answers must match, if anything.
+
+    Raises:
+        UsageError: more than one is given, a file cannot be read, or it is no grammar.
+    """
+    given = {"json_schema": json_schema, "regex": regex, "grammar": grammar}
+    found = [(kind, text) for kind, text in given.items() if text is not None]
+    if not found:
+        return None
+    if len(found) > 1:
+        options = " and ".join(f"--{kind.replace('_', '-')}" for kind, _ in found)
+        raise UsageError(f"{options} exclude each other")
+    from gemtool.infer.grammar import Grammar
+
+    ((kind, text),) = found
+    option = f"--{kind.replace('_', '-')}"
+    if kind == "grammar" or (kind == "json_schema" and not text.lstrip().startswith("{")):
+        try:
+            text = Path(text).read_text("utf-8")
+        except OSError as problem:
+            raise UsageError(f"{option}: {text!r} cannot be read: {reason(problem)}") from None
+        except UnicodeDecodeError as problem:
+            raise UsageError(f"{option}: {text}: not UTF-8, at byte {problem.start}") from None
+    return Grammar.parse(kind, text)
 
 
 def _source(
