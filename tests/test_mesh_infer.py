@@ -23,7 +23,7 @@ from gemtool.data.vocab import Vocab
 from gemtool.errors import UsageError
 from gemtool.infer import engine as engines
 from gemtool.infer.engine import Engine, Sequence
-from gemtool.infer.pieces import Piece, Tile
+from gemtool.infer.pieces import Piece, Tile, pieces_of
 from gemtool.infer.sampling import Sampling
 from gemtool.infer.steps import abstract_sequence, scored_step
 from gemtool.kernels.attention import flash_attention
@@ -199,6 +199,25 @@ def require_same_on_a_mesh(text: str, alone: tuple[Engine, Sequence, list[list[A
     # A context that one made is read by the other.
     require_equal_answers(answers(engine, restored(engine, context)), expected)
     require_equal_answers(answers(one, restored(one, spread)), expected)
+
+
+def likelihoods(engine: Engine) -> list[np.ndarray]:
+    """Of the document's tokens, and of the three most likely in the place of each."""
+    sequence, found = engine.begin(), []
+    for tile in engine.tiles(pieces_of(document(), engine.config, engine.encode)):
+        scores = sequence.score(tile, TILE, 3)
+        found.append([np.asarray(x)[: len(tile.piece)] for x in scores])
+    return [np.concatenate(parts)[1:] for parts in zip(*found, strict=True)]
+
+
+@pytest.mark.parametrize("text", ["tensor=4", "fsdp=2,expert=2,context=2"])
+def test_a_mesh_scores_every_token_as_one_device_does(
+    text: str, indexed_alone: tuple[Engine, Sequence, list[list[Any]]]
+) -> None:
+    wanted, found = likelihoods(indexed_alone[0]), likelihoods(make_engine(text, INDEXED))
+    assert [x.shape for x in wanted] == [(129,), (129, 3), (129, 3)]
+    for a, b in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(a, b, **CLOSE)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any
 
 import typer
 
@@ -23,6 +24,7 @@ from gemtool.cmd.options import (
     compiled,
     require_given,
 )
+from gemtool.errors import GemtoolError, UsageError, counted, reason
 
 
 @common
@@ -39,6 +41,16 @@ def prefill(
             min=1,
             help="Tokens computed at a time: memory and speed, not results, depend on it. "
             "Default: 512 to 2048, by what suits the model.",
+        ),
+    ] = None,
+    logprobs: Annotated[
+        int | None,
+        typer.Option(
+            "--logprobs",
+            metavar="K",
+            min=0,
+            help="Print a JSON object a token, with its log-probability and the K most likely tokens "
+            "in its place; 0 is its own alone. Goes with -o.",
         ),
     ] = None,
     mesh: Mesh = None,
@@ -63,13 +75,14 @@ def prefill(
     Each document becomes one context, in the order of the input: everything the model keeps of it,
     so that `gemtool decode --cache` can ask about it at any time, without reading it again.
     """
+    if logprobs is not None and compile_only:
+        raise UsageError("--logprobs goes without --compile-only")
     how = {"model": model, "ckpt": ckpt, "mesh": mesh, "chunk": chunk}
     if compiled("prefill", compile_only, topology, length, **how):
         return
     require_given({"--ckpt": ckpt})
     assert ckpt is not None
     from gemtool.checkpoint import open_checkpoint
-    from gemtool.errors import GemtoolError, UsageError, counted
     from gemtool.infer.documents import documents, expected, require_settings
     from gemtool.runtime import setup_jax
     from gemtool.stream.files import display_name, open_output
@@ -77,6 +90,11 @@ def prefill(
 
     if dry_run and output is not None:
         raise UsageError("--dry-run prints JSON and writes no context; leave out -o")
+    if logprobs is not None and not dry_run and output in (None, "-"):
+        raise UsageError(
+            "--logprobs prints on standard output; write the context with -o FILE, or nowhere with "
+            "-o /dev/null"
+        )
     name = display_name(inputs[0] if inputs else None)
     checkpoint = open_checkpoint(ckpt)
     with open_all_spans(inputs, recover=recover) as spans:
@@ -88,7 +106,7 @@ def prefill(
 
         engine = Engine(checkpoint, chunk, open_mesh(mesh, checkpoint.config))
         if dry_run:
-            planner = Planner(engine)
+            planner = Planner(engine, logprobs)
             for doc, document in documents(spans, name):
                 print(json.dumps({"doc": doc, **planner.plan(document).to_dict()}), flush=True)
             return
@@ -102,10 +120,25 @@ def prefill(
         ):
             for doc, document in documents(spans, name):
                 footer = write_context(
-                    engine, doc, document, sink, pg=pg, expected=room, on_tokens=bar.update
-                )
+                    engine, doc, document, sink, pg=pg, expected=room, on_tokens=bar.update,
+                    logprobs=logprobs, on_rows=_print,
+                )  # fmt: skip
                 number, tokens = number + 1, tokens + footer["length"]
                 log.debug(f"{doc}: {footer['length']:,} tokens", kinds=footer["kinds"])
             if not number:
                 raise GemtoolError(f"{name}: no documents")
     log.info(f"prefilled {counted(number, 'document')}, {counted(tokens, 'token')}")
+
+
+_encode = json.JSONEncoder(ensure_ascii=False).encode
+
+
+def _print(rows: Iterable[Mapping[str, Any]]) -> None:
+    """Prints rows, a line each, all at once."""
+    lines = "".join([_encode(row) + "\n" for row in rows])
+    try:
+        print(lines, end="", flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as problem:  # of standard output, not of the context's file
+        raise GemtoolError(f"<stdout>: {reason(problem)}") from None

@@ -27,15 +27,18 @@ from gemtool.checkpoint import Checkpoint
 from gemtool.control import END_TURN, EOD
 from gemtool.errors import GemtoolError
 from gemtool.infer.grammar import Constraint, Constraints
+from gemtool.infer.logprobs import Entries
 from gemtool.infer.pieces import Piece, Tile, pieces_of, soft_positions, tiles_of
 from gemtool.infer.sampling import Sampling, best, log_softmax, sample
 from gemtool.infer.steps import (
     Buffers,
+    Scores,
     abstract_sequence,
     encode,
     grown,
     join,
     kv_step,
+    logprobs_step,
     read_block,
     scored_step,
 )
@@ -92,7 +95,34 @@ class Sequence:
 
     def run(self, tile: Tile, size: int) -> None:
         """Appends the positions of a tile, padded to `size`. Returns before they are computed."""
-        engine, piece = self._engine, tile.piece
+        arguments = self._arguments(tile.piece, size)
+        with self._engine.on_mesh():
+            if tile.scored:
+                self._logits, self._buffers, self._state = scored_step(*arguments)
+            else:
+                self._logits = None
+                self._buffers, self._state = kv_step(*arguments)
+        self.length += len(tile.piece)
+
+    def score(self, tile: Tile, size: int, top: int) -> Scores:
+        """Appends them as `run` does, all of them through the whole model, and says how likely each
+        was after all before it, and the `top` most likely in its place. Of the first token of an
+        empty sequence, and from the tile's length on, this means nothing.
+        """
+        engine, before = self._engine, self._logits
+        if before is None:
+            assert self.length == 0, "the tile before was not scored"
+            before = engine.put(np.zeros(engine.config.vocab_size, np.float32))
+        top = min(top, engine.config.vocab_size)
+        arguments = self._arguments(tile.piece, size)
+        with engine.on_mesh():
+            found = logprobs_step(*arguments, before, top)
+        scores, self._logits, self._buffers, self._state = found
+        self.length += len(tile.piece)
+        return scores
+
+    def _arguments(self, piece: Piece, size: int) -> tuple[Any, ...]:
+        """What steps take for a piece that is padded to `size`, once there is room for it."""
         self.reserve(self.length + size)
         padding = size - len(piece)
         tokens = np.pad(piece.tokens.astype(np.int32, copy=False), (0, padding))
@@ -100,15 +130,8 @@ class Sequence:
         if piece.soft is not None:
             present = np.pad(soft_positions(piece.tokens), (0, padding))
             soft = np.pad(piece.soft, ((0, padding), (0, 0))), present
-        valid = np.int32(len(piece))
-        arguments = (engine.params, engine.config, tokens, soft, valid, self._taken(), self._state)
-        with engine.on_mesh():
-            if tile.scored:
-                self._logits, self._buffers, self._state = scored_step(*arguments)
-            else:
-                self._logits = None
-                self._buffers, self._state = kv_step(*arguments)
-        self.length += len(piece)
+        engine, valid = self._engine, np.int32(len(piece))
+        return engine.params, engine.config, tokens, soft, valid, self._taken(), self._state
 
     def extend(self, tokens: np.ndarray) -> None:
         """Appends tokens int32 [n], a prompt or one that was just chosen."""
@@ -239,6 +262,7 @@ class Engine:
         self.config: ModelConfig = checkpoint.config
         self.vocab = checkpoint.vocab
         self.constraints = Constraints(self.vocab)
+        self.entries = Entries(self.vocab)
         self.chunk = chunk or default_chunk(self.config)
         self.reach = transformer.tail_reach(self.config)
         self.mesh = mesh
@@ -477,13 +501,9 @@ class Engine:
         return self.answer(context, Prompt(text, **options)).text
 
     def _logprobs(self, step: Step, count: int) -> dict[str, Any]:
-        values = log_softmax(step.logits)
-
-        def entry(token: int) -> dict[str, Any]:
-            text = self.vocab.decode([token])
-            return {"token": token, "text": text, "logprob": float(values[token])}
-
-        return {**entry(step.token), "top": [entry(token) for token, _ in best(values, count)]}
+        values, entries = log_softmax(step.logits), self.entries
+        own = entries.entry(step.token, float(values[step.token]))
+        return {**own, "top": entries.top(best(values, count))}
 
 
 def _bytes_here(tree: Any) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, BinaryIO
 
@@ -15,6 +15,9 @@ from gemtool.infer.pieces import GROUPS, Piece, Tile, check_span, pieces_of
 from gemtool.stream.context import BLOCK, STATE_EVERY, ContextWriter
 from gemtool.stream.header import provenance
 from gemtool.stream.spans import Span
+
+Row = Mapping[str, Any]
+"""A JSON object."""
 
 
 class _Tally:
@@ -45,6 +48,8 @@ def write_context(
     pg: tuple[Any, ...] | None = (),
     expected: int = 0,
     on_tokens: Callable[[int], None] = lambda count: None,
+    logprobs: int | None = None,
+    on_rows: Callable[[Iterable[Row]], None] = lambda rows: None,
 ) -> dict[str, Any]:
     """Runs a document through the model, writes its context to `sink`, and returns the footer.
 
@@ -56,6 +61,13 @@ def write_context(
         pg: provenance of the spans, to which this program is added; None leaves it out.
         expected: tokens that are likely to come, to make room for them at once.
         on_tokens: called with the number of tokens of each tile.
+        logprobs: score every token, and so many of the most likely in its place; None: only what
+            comes after the last. The context is the same, but for the states before the last: those
+            of scored tokens have the windows of layers that `step_kv` leaves as they were.
+        on_rows: called with what `Entries.rows` says of the tokens of each tile, if they are scored.
+
+    Raises:
+        GemtoolError: scores were asked for and are not finite numbers.
     """
     header = engine.header(doc)
     if pg is not None:
@@ -65,8 +77,14 @@ def write_context(
     waiting = np.empty(0, np.int32)
     pieces = pieces_of(tally.through(spans), engine.config, engine.encode)
     for tile in engine.tiles(pieces, boundary=STATE_EVERY):
-        sequence.run(tile, engine.tile_size(len(tile.piece)))
-        waiting = np.concatenate([waiting, tile.piece.tokens])
+        size, tokens = engine.tile_size(len(tile.piece)), tile.piece.tokens
+        if logprobs is None:
+            sequence.run(tile, size)
+        else:
+            start = sequence.length
+            scores = sequence.score(tile, size, logprobs)
+            on_rows(engine.entries.rows(doc, start, tokens, scores))
+        waiting = np.concatenate([waiting, tokens])
         while len(waiting) >= BLOCK:
             writer.block(waiting[:BLOCK], sequence.block(writer.length, writer.length + BLOCK))
             waiting = waiting[BLOCK:]
@@ -102,10 +120,11 @@ class Planner:
     """Says what prefilling a document of some length takes, from one tile measured at two places.
 
     The time of a tile is taken to be a constant plus a part that grows with the tokens before it.
+    `logprobs` as in `write_context`.
     """
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+    def __init__(self, engine: Engine, logprobs: int | None = None) -> None:
+        self._engine, self._logprobs = engine, logprobs
         self._media: dict[str, float] = {}
         self._tiles: dict[int, tuple[float, float]] = {}
 
@@ -117,7 +136,10 @@ class Planner:
 
             def run(place: int) -> None:
                 sequence.skip_to(place)
-                sequence.run(tile, size)
+                if self._logprobs is None:
+                    sequence.run(tile, size)
+                else:
+                    sequence.score(tile, size, self._logprobs)
                 sequence.wait()
 
             near = _seconds(lambda: run(0))

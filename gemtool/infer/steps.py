@@ -1,10 +1,11 @@
-"""The compiled programs of inference: a step that scores, one that only writes keys and values, and
-what reads and grows the buffers between them."""
+"""The compiled programs of inference: a step that scores the next token, one that scores every token,
+one that only writes keys and values, and what reads and grows the buffers between them."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,11 +16,26 @@ from gemtool.model.buffers import buffer_capacity, grow, read_rows
 from gemtool.model.cache import Cache, abstract_cache, constrain_cache, full_layers
 from gemtool.model.config import ModelConfig
 from gemtool.model.index import block_capacity
+from gemtool.model.mesh import constrain
 from gemtool.model.params import Tree
 
 Buffers = tuple[dict[str, jax.Array], ...]
 """What grows with a context, of each unbounded layer: "k" and "v", as `gemtool.model.buffers` has
 them, and "landmarks" of one that is indexed."""
+
+SCORED = 512
+"""Positions that are scored at a time, at most: [512, V] is 32 MB at V = 16,384."""
+
+
+class Scores(NamedTuple):
+    """How likely the tokens of a tile are, each after all that goes before it."""
+
+    logprobs: jax.Array
+    """float32 [T]"""
+    best: jax.Array
+    """int32 [T, K]: the most likely tokens in its place, the best first."""
+    best_logprobs: jax.Array
+    """float32 [T, K]"""
 
 
 def abstract_sequence(
@@ -80,6 +96,63 @@ def scored_step(
     hidden, cache = transformer.step(params, config, x, join(config, buffers, state), valid)
     last = jax.lax.dynamic_index_in_dim(hidden[0], valid - 1, axis=0, keepdims=False)
     return transformer.logits(params, config, last), *split(config, constrain_cache(config, cache))
+
+
+@partial(jax.jit, static_argnames=("config", "top"), donate_argnames="buffers")
+def logprobs_step(
+    params: Tree,
+    config: ModelConfig,
+    tokens: jax.Array,
+    soft: tuple[jax.Array, jax.Array] | None,
+    valid: jax.Array,
+    buffers: Buffers,
+    state: Cache,
+    before: jax.Array,
+    top: int,
+) -> tuple[Scores, jax.Array, Buffers, Cache]:
+    """What `scored_step` does, and scores of all its tokens and of the `top` most likely in their
+    places. `before` float32 [V] are the scores of the first, as the step before returned them."""
+    x = _embedded(params, config, tokens, soft)
+    hidden, cache = transformer.step(params, config, x, join(config, buffers, state), valid)
+    hidden = constrain(hidden[0], None, None)
+    last = jax.lax.dynamic_index_in_dim(hidden, valid - 1, axis=0, keepdims=False)
+    after = constrain(transformer.logits(params, config, last), None)
+    first = _scores_of(before[None], tokens[:1], top)
+    others = _score(params, config, hidden, jnp.roll(tokens, -1), top)
+    scores = jax.tree.map(lambda a, b: jnp.concatenate([a, b[:-1]]), first, others)
+    return scores, after, *split(config, constrain_cache(config, cache))
+
+
+def _score(
+    params: Tree, config: ModelConfig, hidden: jax.Array, targets: jax.Array, top: int
+) -> Scores:
+    """Scores of the tokens `targets` int32 [T] that follow the positions of `hidden` [T, D]."""
+    count = len(targets)
+    chunks = -(-count // SCORED)
+    size = -(-count // chunks)  # chunks alike: hardly any rows are added to fill the last
+
+    def cut(x: jax.Array) -> jax.Array:
+        padded = jnp.pad(
+            x, [(0, chunks * size - count if axis == 0 else 0) for axis in range(x.ndim)]
+        )
+        return padded.reshape(chunks, size, *x.shape[1:])
+
+    def score(chunk: tuple[jax.Array, jax.Array]) -> Scores:
+        x = constrain(chunk[0], "length", None)  # devices that share positions share the work
+        return _scores_of(transformer.logits(params, config, x), chunk[1], top)
+
+    with jax.named_scope("score"):
+        found = jax.lax.map(score, (cut(hidden), cut(targets)))
+    return jax.tree.map(lambda x: x.reshape(chunks * size, *x.shape[2:])[:count], found)
+
+
+def _scores_of(logits: jax.Array, targets: jax.Array, top: int) -> Scores:
+    """Scores of tokens int32 [C] by logits float32 [C, V]."""
+    logits = logits - jnp.max(logits, axis=-1, keepdims=True)
+    total = jnp.log(jnp.sum(jnp.exp(logits), axis=-1, keepdims=True))
+    own = jnp.take_along_axis(logits, targets[:, None], axis=-1) - total
+    best, which = jax.lax.top_k(logits, top)
+    return Scores(own[:, 0], which.astype(jnp.int32), best - total)
 
 
 @partial(jax.jit, static_argnames="config", donate_argnames="buffers")
