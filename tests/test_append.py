@@ -19,7 +19,7 @@ from gemtool.infer.contexts import Base, Loaded, load_context, open_base
 from gemtool.infer.engine import Engine
 from gemtool.infer.prefill import write_context
 from gemtool.infer.text import Prompt
-from gemtool.stream.context import BLOCK, Parent, open_contexts
+from gemtool.stream.context import BLOCK, ContextWriter, Parent, open_contexts
 from gemtool.stream.lineage import flatten
 from gemtool.stream.spans import Span
 from tests.test_prefill_decode import (
@@ -232,7 +232,8 @@ def test_a_beginning_that_no_parent_ends_with(engine: Engine, chain: Path) -> No
     write(engine, chain / "c.ctx", text("c", text_tokens(3)), replace(base, parent=short))
     with pytest.raises(CorruptInput, match=r"begins at token 4,096, its parent .* to 50"):
         load(engine, chain / "c.ctx")
-    write(engine, chain / "c.ctx", text("c", text_tokens(3)), replace(base, parent=None))
+    with (chain / "c.ctx").open("wb") as sink:
+        ContextWriter(sink, replace(engine.header("c"), start=BLOCK)).close({}, {})
     with pytest.raises(CorruptInput, match="begins at token 4,096, which no parent ends with"):
         load(engine, chain / "c.ctx")
 
@@ -299,7 +300,7 @@ def test_append_flatten_and_view(
     ("options", "says"),
     [
         (["--append", "-"], b"standard input has no name"),
-        (["--append", "a.ctx", "-f", "-o", "a.ctx"], b"a.ctx: is what --append continues"),
+        (["--append", "a.ctx", "-f", "-o", "a.ctx"], b"a.ctx: is the context that is continued"),
         (["--append", "two.ctx", "-o", "x.ctx"], b"two.ctx: holds several contexts"),
         (["--append", "none.ctx", "-o", "x.ctx"], b"none.ctx: cannot be read"),
         (["--append", "a.ctx", "--flatten"], b"--flatten goes without --ckpt"),

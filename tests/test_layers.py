@@ -94,7 +94,17 @@ def loaded_by(code: str) -> set[str]:
 def test_a_verbs_options_need_nothing_heavy(verb: str) -> None:
     """Help, completion and mistakes on the command line answer at once."""
     loaded = loaded_by(f"from gemtool.cli import build_command; build_command({verb!r})")
-    heavy = {"jax", "pyarrow", "av", "sentencepiece", "matplotlib", "grain", "orbax", "PIL"}
+    heavy = {
+        "jax",
+        "pyarrow",
+        "av",
+        "sentencepiece",
+        "matplotlib",
+        "grain",
+        "orbax",
+        "PIL",
+        "llguidance",
+    }
     assert not loaded & heavy
 
 

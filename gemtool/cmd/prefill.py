@@ -123,7 +123,7 @@ def prefill(
     from gemtool.checkpoint import open_checkpoint
     from gemtool.infer.documents import documents, expected, require_settings
     from gemtool.runtime import setup_jax
-    from gemtool.stream.files import display_name, is_resumable
+    from gemtool.stream.files import display_name, is_resumable, is_stdin
     from gemtool.stream.join import open_all_spans
 
     if dry_run and output is not None:
@@ -132,6 +132,10 @@ def prefill(
         raise UsageError(
             "--logprobs prints on standard output; write the context with -o FILE, or nowhere with "
             "-o /dev/null"
+        )
+    if append is not None and is_stdin(append):
+        raise UsageError(
+            "--append: standard input has no name by which to refer to it; name a file"
         )
     if resume and (logprobs is not None or dry_run):
         raise UsageError(f"--resume goes without {'--dry-run' if dry_run else '--logprobs'}")

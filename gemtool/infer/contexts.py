@@ -12,7 +12,7 @@ import numpy as np
 from gemtool.errors import CorruptInput, GemtoolError, UsageError
 from gemtool.infer.engine import Engine, Sequence
 from gemtool.stream.context import BLOCK, ContextReader, Parent, open_contexts, require_match
-from gemtool.stream.files import is_stdin
+from gemtool.stream.files import display_name, is_stdin
 from gemtool.stream.lineage import as_parent, whole_parts
 
 
@@ -20,44 +20,47 @@ from gemtool.stream.lineage import as_parent, whole_parts
 class Loaded:
     """A context that is back in a model."""
 
+    doc: str
     sequence: Sequence
-    tail: np.ndarray
-    """int32 [n]: the tokens of its last block, if that is not full."""
+    tokens: np.ndarray
+    """int32 [n]: all of them."""
     footer: Mapping[str, Any]
+
+    @property
+    def tail(self) -> np.ndarray:
+        """int32 [n]: the tokens of its last block, if that is not full."""
+        return self.tokens[len(self.tokens) // BLOCK * BLOCK :]
 
 
 @dataclass(frozen=True)
 class Base(Loaded):
     """A context that is to be continued."""
 
-    parent: Parent
-    """How files that continue it name it."""
+    parent: Parent | None
+    """How files that continue it name it. None: they hold all of it themselves."""
 
 
 def open_base(engine: Engine, path: str, output: str | None) -> Base:
-    """The one context of a file, to be continued in a file `output` (None or "-": standard output).
+    """The one context of a file, to be continued in a file `output` (None or "-": standard output); of
+    standard input, which has no name to refer to, with no parent.
 
     Raises:
-        UsageError: the file is standard input, which cannot be named, or `output` would replace it.
+        UsageError: `output` would replace the file.
         GemtoolError: it holds several contexts, or as `load_context`.
     """
-    if is_stdin(path):
-        raise UsageError(
-            "--append: standard input has no name by which to refer to it; name a file"
-        )
-    if (
-        output not in (None, "-")
-        and Path(str(output)).exists()
-        and Path(str(output)).samefile(path)
-    ):
-        raise UsageError(f"{output}: is what --append continues; write to another file")
+    named = not is_stdin(path)
+    if named and output not in (None, "-"):
+        target = Path(str(output))
+        if target.exists() and target.samefile(path):
+            raise UsageError(f"{output}: is the context that is continued; write to another file")
     with open_contexts(path) as contexts:
         reader = next(contexts)
         loaded = load_context(engine, reader)
         if next(contexts, None) is not None:
-            raise GemtoolError(f"{path}: holds several contexts; --append continues a file of one")
-    parent = as_parent(reader, path, output)
-    return Base(loaded.sequence, loaded.tail, loaded.footer, parent)
+            name = display_name(path)
+            raise GemtoolError(f"{name}: holds several contexts; only one can be continued")
+    parent = as_parent(reader, path, output) if named else None
+    return Base(loaded.doc, loaded.sequence, loaded.tokens, loaded.footer, parent)
 
 
 def load_context(engine: Engine, reader: ContextReader) -> Loaded:
@@ -81,8 +84,9 @@ def load_context(engine: Engine, reader: ContextReader) -> Loaded:
             logits = part.arrays["logits"]
     if length != reader.footer["length"]:
         raise CorruptInput(f"{reader.name}: the last state is of token {length:,}, not of the last")
-    tail = blocks[-1]["tokens"] if length % BLOCK else np.empty(0, np.int32)
     try:
-        return Loaded(engine.restore(length, blocks, state, logits), tail, reader.footer)
+        sequence = engine.restore(length, blocks, state, logits)
+        tokens = np.concatenate([block["tokens"] for block in blocks])
+        return Loaded(reader.header.doc, sequence, tokens, reader.footer)
     except (KeyError, ValueError) as problem:
         raise CorruptInput(f"{reader.name}: the context is not whole ({problem})") from None

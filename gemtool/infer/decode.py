@@ -10,6 +10,7 @@ from typing import Any, BinaryIO
 from gemtool.errors import CorruptInput, GemtoolError, did_you_mean, not_json
 from gemtool.infer.contexts import load_context
 from gemtool.infer.engine import Answer, Engine
+from gemtool.infer.grammar import KINDS, Grammar
 from gemtool.infer.sampling import Sampling
 from gemtool.infer.text import Prompt
 from gemtool.stream.context import context_documents, open_contexts
@@ -38,6 +39,9 @@ _FIELDS: dict[str, tuple[type, ...]] = {
     "top_k": (int,),
     "top_p": (int, float),
     "min_p": (int, float),
+    "json_schema": (dict, str),
+    "regex": (str,),
+    "grammar": (str,),
 }
 
 
@@ -48,11 +52,11 @@ def read_requests(
 
     Fields: `prompt`, and if wanted `id` (else the number of the line's object from 0), `doc`, and
     what overrides `default`: `prefix`, `max_tokens`, `stop`, `seed`, `temperature`, `top_k`,
-    `top_p`, `min_p`.
+    `top_p`, `min_p`, and one of `json_schema`, `regex` and `grammar`.
 
     Raises:
         CorruptInput: a line is not JSON, lacks the prompt, asks nothing, or has an unknown or
-            mistyped field.
+            mistyped field, or a grammar that is none.
     """
     index = 0
     for number, line in enumerate(file, 1):
@@ -99,6 +103,11 @@ def _request(row: Any, index: int, default: Prompt) -> Request:
         if not all(isinstance(text, str) for text in stop):
             raise ValueError("'stop' must be a string or a list of strings")
         changes["stop"] = tuple(stop)
+    grammars = [kind for kind in KINDS if kind in row]
+    if len(grammars) > 1:
+        raise ValueError(f"{' and '.join(map(repr, grammars))} exclude each other")
+    for kind in grammars:
+        changes["grammar"] = Grammar.parse(kind, row[kind])
     changes["sampling"] = replace(default.sampling, **{k: row[k] for k in _SAMPLING if k in row})
     prompt = replace(default, text=row["prompt"], index=index, **changes)
     identity = str(row.get("id", index))

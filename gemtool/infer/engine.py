@@ -26,6 +26,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from gemtool.checkpoint import Checkpoint
 from gemtool.control import END_TURN, EOD
 from gemtool.errors import GemtoolError
+from gemtool.infer.grammar import Constraint, Constraints
 from gemtool.infer.logprobs import Entries
 from gemtool.infer.pieces import Piece, Tile, pieces_of, soft_positions, tiles_of
 from gemtool.infer.sampling import Sampling, best, log_softmax, sample
@@ -215,7 +216,7 @@ class Step:
 
     token: int
     logits: np.ndarray
-    """float32 [V]: the scores that it was chosen from."""
+    """float32 [V]: the model's scores, also of tokens that a constraint forbade."""
 
 
 @dataclass(frozen=True)
@@ -226,7 +227,8 @@ class Answer:
     tokens: list[int]
     """Without the token that ended the answer."""
     finish: str
-    """"stop": the model ended its turn or a stop string came; "length": max_tokens were chosen."""
+    """"stop": the model ended its turn, a stop string came, or the grammar allows no more; "length":
+    max_tokens were chosen."""
     prompt: int
     """Tokens of the prompt."""
     cached: int
@@ -259,6 +261,7 @@ class Engine:
         self.checkpoint = checkpoint
         self.config: ModelConfig = checkpoint.config
         self.vocab = checkpoint.vocab
+        self.constraints = Constraints(self.vocab)
         self.entries = Entries(self.vocab)
         self.chunk = chunk or default_chunk(self.config)
         self.reach = transformer.tail_reach(self.config)
@@ -401,11 +404,12 @@ class Engine:
         sampling: Sampling = Sampling(),  # noqa: B008 (immutable)
         seed: tuple[int, int] = (0, 0),
         max_tokens: int = 256,
+        constraint: Constraint | None = None,
     ) -> Iterator[Step]:
         """Chooses tokens after a context and a prompt, int32 [n].
 
-        Ends after END_TURN or EOD, which are given too, or after `max_tokens`. The context is as
-        before when the iterator has ended or is closed.
+        Ends after END_TURN or EOD, which are given too, when `constraint` is finished, or after
+        `max_tokens`. The context is as before when the iterator has ended or is closed.
 
         Args:
             context: None is an empty one.
@@ -413,9 +417,10 @@ class Engine:
             sampling: how.
             seed: what random draws depend on, besides the step: seed and index of the prompt.
             max_tokens: at least 1.
+            constraint: which tokens may be chosen; it takes those that are.
 
         Raises:
-            GemtoolError: neither context nor prompt has a token.
+            GemtoolError: neither context nor prompt has a token, or the constraint allows none.
         """
         if context is None:
             context = self.begin()
@@ -427,9 +432,12 @@ class Engine:
             for count in range(max_tokens):
                 logits = live.logits
                 assert logits is not None
-                token = sample(logits, sampling, (*seed, count))
+                mask = None if constraint is None else constraint.mask()
+                token = sample(logits, sampling, (*seed, count), mask)
+                if constraint is not None:
+                    constraint.advance(token)
                 yield Step(token, logits)
-                if token in (END_TURN, EOD):
+                if token in (END_TURN, EOD) or (constraint is not None and constraint.finished):
                     return
                 if count + 1 < max_tokens:
                     live.extend(np.array([token], np.int32))
@@ -443,12 +451,14 @@ class Engine:
         """Answers a prompt; `on_text` gets the text piece by piece as it becomes certain."""
         started = time.perf_counter()
         question = prompt.tokens(self.vocab)
+        constraint = None if prompt.grammar is None else self.constraints.begin(prompt.grammar)
         steps = self.generate(
             context,
             question,
             sampling=prompt.sampling,
             seed=(prompt.seed, prompt.index),
             max_tokens=prompt.max_tokens,
+            constraint=constraint,
         )
         stream, texts, finish = TextStream(prompt.stop), [], "length"
         tokens: list[int] = []
@@ -472,10 +482,12 @@ class Engine:
                     finish = "stop"
                     break
         release(stream.finish())
+        if stream.stopped or (constraint is not None and constraint.finished):
+            finish = "stop"
         return Answer(
             text="".join(texts),
             tokens=tokens,
-            finish="stop" if stream.stopped else finish,
+            finish=finish,
             prompt=len(question),
             cached=0 if context is None else context.length,
             seconds=time.perf_counter() - started,
@@ -485,7 +497,7 @@ class Engine:
     def ask(self, context: Sequence | np.ndarray, text: str, **options: Any) -> str:
         """The answer to a question about a context, or about tokens int32 [n] that become one.
 
-        `options` are fields of `Prompt`: prefix, max_tokens, sampling, stop.
+        `options` are fields of `Prompt`: prefix, max_tokens, sampling, stop, grammar.
         """
         if isinstance(context, np.ndarray):
             context = self.prefill(context)

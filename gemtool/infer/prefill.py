@@ -68,8 +68,8 @@ def write_context(
         doc: id of the document.
         spans: of the document, without its end-of-document token; at least one token.
         sink: where the context goes.
-        base: the context that the document continues, which is named, not copied. It can be continued
-            again, also by another document.
+        base: the context that the document continues, which is named, not copied, if it has a name. It
+            can be continued again, also by another document.
         begun: what is there of this context, at whose end `sink` is; the rest is written as if it had
             not been interrupted.
         pg: provenance of the spans, to which this program is added; None leaves it out.
@@ -93,7 +93,8 @@ def write_context(
         waiting, tally = np.empty(0, np.int32), Tally({})
     else:
         base.sequence.reserve(base.sequence.length + expected)
-        whole, waiting, tally = base.sequence.fork(), base.tail, Tally(base.footer)
+        whole, tally = base.sequence.fork(), Tally(base.footer)
+        waiting = base.tokens if base.parent is None else base.tail
         start = base.sequence.length - len(waiting)
         header = replace(header, parent=base.parent, start=start)
     with whole as sequence:

@@ -118,7 +118,7 @@ def skip_whole(
         "kinds": tally.kinds,
         "tokens_sha256": digest.hexdigest(),
         "media_sha256": tally.media(),
-        "parent": None if base is None else asdict(base.parent),
+        "parent": None if base is None or base.parent is None else asdict(base.parent),
     }
     for name, value in found.items():
         if footer[name] != value:

@@ -85,8 +85,19 @@ def distribution(logits: np.ndarray, sampling: Sampling) -> tuple[np.ndarray, np
     return ids, kept / kept.sum()
 
 
-def sample(logits: np.ndarray, sampling: Sampling, seed: tuple[int, int, int]) -> int:
-    """The next token for scores float32 [V]; `seed` is (seed, prompt index, step)."""
+def sample(
+    logits: np.ndarray,
+    sampling: Sampling,
+    seed: tuple[int, int, int],
+    mask: np.ndarray | None = None,
+) -> int:
+    """The next token for scores float32 [V]; `seed` is (seed, prompt index, step).
+
+    With `mask` bool [V], of the tokens where it is true, at least one, as if there were no others.
+    """
+    if mask is not None:
+        (allowed,) = np.nonzero(mask)
+        return int(allowed[sample(logits[allowed], sampling, seed)])
     ids, probabilities = distribution(logits, sampling)
     if len(ids) == 1:
         return int(ids[0])

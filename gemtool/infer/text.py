@@ -9,6 +9,7 @@ import numpy as np
 
 from gemtool.control import END_TURN, MODEL, USER
 from gemtool.data.vocab import Vocab
+from gemtool.infer.grammar import Grammar
 from gemtool.infer.sampling import Sampling
 
 
@@ -30,6 +31,8 @@ class Prompt:
     """Number among the prompts of a run: with `seed`, what random draws depend on."""
     logprobs: int = 0
     """Report the log-probabilities of so many best tokens at each step."""
+    grammar: Grammar | None = None
+    """What the answer must match; the prefix is no part of it."""
 
     def tokens(self, vocab: Vocab) -> np.ndarray:
         """int32 [n]: `<user>` text `<end_turn>` `<model>` prefix; raw, text and prefix alone."""
