@@ -161,9 +161,9 @@ def objective(
         weights: float32 [B, T], how much each query counts: what its next token weighs as a target.
 
     Returns:
-        float32 [DOUBLINGS] each, sums over the queries from position 2^(d-1) to 2^d, weighted also by the
-        share of attention that their candidates get and by how much of that falls into one block (the
-        sum of squared shares: a query that looks everywhere has nothing to find): "loss", a
+        float32 [DOUBLINGS] each, sums over the queries from position 2^(d-1) to 2^d, weighted also by
+        the share of attention that their candidates get and by how much of that falls into one block
+        (the sum of squared shares: a query that looks everywhere has nothing to find): "loss", a
         cross-entropy; "top1", whether the block that gets most has the best score; "topk", whether it
         is among the best, as many as are chosen at its position; "mass", the share that these get of
         what all candidates do; and "weight", the sum of the weights.
