@@ -14,6 +14,7 @@ import argparse
 import gzip
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -32,10 +33,8 @@ def keys_of(text: str) -> list[str]:
     return sorted(words - set(CITIES))
 
 
-def document(
-    sentences: list[str], keys: list[str], rng: np.random.Generator, *, words: int, needles: int
-) -> dict[str, object]:
-    """One document of about `words` words with `needles` needles and a question about each."""
+def passage(sentences: Sequence[str], rng: np.random.Generator, words: int) -> list[str]:
+    """Sentences that follow one another, of about `words` words."""
     first = int(rng.integers(len(sentences)))
     chosen: list[str] = []
     count = 0
@@ -43,6 +42,14 @@ def document(
         sentence = sentences[(first + len(chosen)) % len(sentences)]
         chosen.append(sentence)
         count += sentence.count(" ") + 1
+    return chosen
+
+
+def document(
+    sentences: list[str], keys: list[str], rng: np.random.Generator, *, words: int, needles: int
+) -> dict[str, object]:
+    """One document of about `words` words with `needles` needles and a question about each."""
+    chosen = passage(sentences, rng, words)
     names = rng.choice(keys, size=needles, replace=False).tolist()
     low, high = 10 ** (NUMBER_DIGITS - 1), 10**NUMBER_DIGITS
     numbers = [str(n) for n in rng.integers(low, high, size=needles)]

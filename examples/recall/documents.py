@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "demo"))
-from needle_documents import keys_of, read_text
+from needle_documents import keys_of, passage, read_text
 
 from gemtool.probes.needle import CITIES, NEEDLE, NUMBER_DIGITS, PREFIX, QUESTION
 
@@ -106,13 +106,7 @@ def document(
     """One document of about `words` words with `needles` needles and a question about each, half as
     many near misses, and sometimes a question about what is not there. Of a share `read` of documents
     the text is learned too, not the answers alone."""
-    first = int(rng.integers(len(sentences)))
-    chosen: list[str] = []
-    count = 0
-    while count < words:
-        sentence = sentences[(first + len(chosen)) % len(sentences)]
-        chosen.append(sentence)
-        count += sentence.count(" ") + 1
+    chosen = passage(sentences, rng, words)
     names: list[str] = []
     while len(names) < needles + 2:
         name = name_of(keys, rng)
