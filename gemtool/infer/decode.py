@@ -127,10 +127,11 @@ def load_context(engine: Engine, reader: ContextReader) -> Sequence:
     blocks: list[Mapping[str, np.ndarray]] = []
     state: Mapping[str, np.ndarray] = {}
     logits = np.empty(0, np.float32)
-    length = 0
+    tokens, length = [np.empty(0, np.int32)], 0
     for part in reader.parts():
         if part.part == "block":
             blocks.append(part.arrays)
+            tokens.append(part.arrays["tokens"])
         elif part.part == "state":
             state, length = part.arrays, part.stop
         elif part.part == "end":
@@ -138,9 +139,11 @@ def load_context(engine: Engine, reader: ContextReader) -> Sequence:
     if length != reader.footer["length"]:
         raise CorruptInput(f"{reader.name}: the last state is of token {length:,}, not of the last")
     try:
-        return engine.restore(length, blocks, state, logits)
+        sequence = engine.restore(length, blocks, state, logits)
     except (KeyError, ValueError) as problem:
         raise CorruptInput(f"{reader.name}: the context is not whole ({problem})") from None
+    sequence.tokens = np.concatenate(tokens)
+    return sequence
 
 
 def answers(
@@ -227,6 +230,8 @@ def to_row(request: Request, doc: str | None, answer: Answer) -> dict[str, Any]:
             "seconds": round(answer.seconds, 6),
         },
     }
+    if request.prompt.draft:
+        row["usage"] |= {"drafted": answer.drafted, "accepted": answer.accepted}
     if request.prompt.logprobs:
         row["logprobs"] = answer.logprobs
     return row

@@ -156,6 +156,25 @@ def _scores_of(logits: jax.Array, targets: jax.Array, top: int) -> Scores:
 
 
 @partial(jax.jit, static_argnames="config", donate_argnames="buffers")
+def each_scored_step(
+    params: Tree,
+    config: ModelConfig,
+    tokens: jax.Array,
+    soft: tuple[jax.Array, jax.Array] | None,
+    valid: jax.Array,
+    buffers: Buffers,
+    state: Cache,
+) -> tuple[jax.Array, Buffers, Cache]:
+    """What `scored_step` does, with scores [T, V] after every position."""
+    x = _embedded(params, config, tokens, soft)
+    hidden, cache = transformer.step(params, config, x, join(config, buffers, state), valid)
+    hidden = constrain(hidden[0], None, None)
+    return transformer.logits(params, config, hidden), *split(
+        config, constrain_cache(config, cache)
+    )
+
+
+@partial(jax.jit, static_argnames="config", donate_argnames="buffers")
 def kv_step(
     params: Tree,
     config: ModelConfig,
