@@ -96,6 +96,21 @@ def test_what_repeats_goes_on() -> None:
     assert draft.guess(3) == [1501, 1502, 1503]
 
 
+def test_guesses_rest_while_they_are_wrong() -> None:
+    draft, rests = NgramDraft(np.arange(100, 120)), []
+    draft.push(100)
+    for right in [0, 1, 0, 0, 0, 0, 2, 0, 8]:
+        rest = 0
+        while not draft.guess(8):
+            rest += 1
+        rests.append(rest)
+        draft.learn(8, right)
+    assert rests == [0, 1, 2, 4, 8, 8, 8, 0, 1]
+    assert draft.guess(8)
+    draft.learn(1, 1)  # all there was
+    assert draft.guess(8)
+
+
 # The same answers
 
 
@@ -178,23 +193,26 @@ def test_what_was_wrong_leaves_no_trace(index_engine: Engine) -> None:
             for start in range(0, len(tokens), TILE):
                 if wrong:
                     mark = live.mark()
-                    scores = live.extend_scored(text_tokens(TILE - 3, start), TILE)
-                    assert scores.shape == (TILE - 3, VOCAB.size)
+                    scores = live.extend_scored(text_tokens(TILE - 3, start), TILE, 4)
+                    assert scores.shape == (4, VOCAB.size)
                     assert np.array_equal(live.logits, scores[-1])
                     live.back_to(mark)
-                live.extend_scored(tokens[start : start + TILE], TILE)
+                live.extend_scored(tokens[start : start + TILE], TILE, 1)
             arrays.append({**live.state(), **live.block(0, live.length), "logits": live.logits})
     assert arrays[0].keys() == arrays[1].keys()
     for name, array in arrays[0].items():
         assert np.array_equal(array, arrays[1][name]), name
 
 
-def test_scores_after_each_token(engine: Engine) -> None:
+@pytest.mark.parametrize("count", [1, 9, 11, TILE])
+def test_scores_after_each_token(engine: Engine, count: int) -> None:
     tokens = text_tokens(11, 4)
     with engine.prefill(text_tokens(50)).fork() as live:
-        scores = live.extend_scored(tokens, TILE)
+        scores = live.extend_scored(tokens, TILE, count)
+    assert len(scores) == min(count, len(tokens))
     with engine.prefill(text_tokens(50)).fork() as live:
-        for token, row in zip(tokens, scores, strict=True):
+        live.extend(tokens[: -len(scores)])
+        for token, row in zip(tokens[-len(scores) :], scores, strict=True):
             live.extend(np.array([token], np.int32))
             np.testing.assert_allclose(row, live.logits, atol=1e-4)
 

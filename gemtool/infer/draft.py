@@ -16,6 +16,10 @@ LONGEST = 3
 """Tokens that are looked for, at most; fewer where these were never seen."""
 GUESSES = 8
 """Tokens that are guessed at a time, at most."""
+WORTH = 2
+"""Right guesses that pay for a step that checks guesses."""
+REST = 8
+"""Steps without guesses after wrong ones, at most."""
 _CHUNK = 1 << 16  # tokens that are searched at a time, from the end: most are found near it
 
 
@@ -32,6 +36,7 @@ class NgramDraft:
         self._count = len(tokens)
         self._tokens = np.concatenate([tokens.astype(np.int32), np.zeros(256, np.int32)])
         self.drafted = self.accepted = 0
+        self._pause = self._rest = 0
 
     def push(self, token: int) -> None:
         """Takes the next token of the answer."""
@@ -40,8 +45,20 @@ class NgramDraft:
         self._tokens[self._count] = token
         self._count += 1
 
+    def learn(self, guesses: int, right: int) -> None:
+        """Takes how many guesses were made, and how many of them, from the first on, were right. While
+        they do not pay, more and more steps go without."""
+        if right >= min(guesses, WORTH):
+            self._pause = 0
+        else:
+            self._pause = min(2 * self._pause, REST) or 1
+        self._rest = self._pause
+
     def guess(self, most: int) -> list[int]:
         """What may come next, at most `most` and GUESSES tokens, none of them a control token."""
+        if self._rest:
+            self._rest -= 1
+            return []
         start = self._found()
         if start is None:
             return []

@@ -126,13 +126,14 @@ class Sequence:
         self.length += len(tile.piece)
         return scores
 
-    def extend_scored(self, tokens: np.ndarray, size: int) -> np.ndarray:
-        """Appends tokens int32 [n], at most `size`; the scores float32 [n, V] after each."""
+    def extend_scored(self, tokens: np.ndarray, size: int, count: int) -> np.ndarray:
+        """Appends tokens int32 [n], at most `size`; the scores float32 [min(n, count), V] after each of
+        the last `count`."""
         arguments = self._arguments(Piece(tokens), size)
         with self._engine.on_mesh():
-            scores, self._buffers, self._state = each_scored_step(*arguments)
+            scores, self._buffers, self._state = each_scored_step(*arguments, count)
         self.length += len(tokens)
-        found = np.asarray(scores)[: len(tokens)]
+        found = np.asarray(scores)[: min(len(tokens), count)]
         self._logits = found[-1]
         return found
 

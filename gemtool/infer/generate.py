@@ -85,7 +85,7 @@ def chosen(live: Sequence, chooser: Chooser, draft: NgramDraft | None = None) ->
             live.extend(run)
             rows = live.logits[None]
         else:
-            rows = live.extend_scored(run, TILE)[len(waiting) - 1 :]
+            rows = live.extend_scored(run, TILE, GUESSES + 1)[-len(guesses) - 1 :]
         for row, guess in zip(rows, [*guesses, None], strict=True):
             step = chooser.choose(row)
             yield step
@@ -96,6 +96,8 @@ def chosen(live: Sequence, chooser: Chooser, draft: NgramDraft | None = None) ->
             waiting.append(step.token)
             if chooser.ended:
                 break
+        if draft is not None and guesses:
+            draft.learn(len(guesses), len(waiting) - len(run) + len(guesses))
         if len(waiting) < len(run):
             live.back_to(before)
         else:
