@@ -17,7 +17,9 @@ from gemtool.checkpoint import open_checkpoint
 from gemtool.control import CONTROL_COUNT
 from gemtool.data.vocab import Vocab
 from gemtool.errors import CorruptInput, UsageError
-from gemtool.infer.decode import load_context, read_requests
+from gemtool.infer.chat import Conversation
+from gemtool.infer.contexts import load_context
+from gemtool.infer.decode import read_requests
 from gemtool.infer.draft import GUESSES, LONGEST, NgramDraft
 from gemtool.infer.engine import Engine, Sequence
 from gemtool.infer.generate import TILE, Step
@@ -264,12 +266,32 @@ def test_contexts_tell_their_tokens(engine: Engine, tmp_path: Path) -> None:
     with (tmp_path / "film.ctx").open("wb") as sink:
         write_context(engine, "film", spans, sink)
     with open_contexts(str(tmp_path / "film.ctx")) as contexts:
-        assert np.array_equal(load_context(engine, next(contexts)).tokens, tokens)
+        assert np.array_equal(load_context(engine, next(contexts)).sequence.tokens, tokens)
     # Media are nothing to repeat.
     draft = NgramDraft(tokens)
     for token in tokens[-100:-90]:
         draft.push(int(token))
         assert all(guess >= CONTROL_COUNT for guess in draft.guess(8))
+
+
+def test_turns_of_a_conversation_are_repeated_too(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    histories: list[np.ndarray] = []
+
+    class Watched(NgramDraft):
+        def __init__(self, tokens: np.ndarray) -> None:
+            histories.append(tokens)
+            super().__init__(tokens)
+
+    monkeypatch.setattr("gemtool.infer.engine.NgramDraft", Watched)
+    prompts = [Prompt(text, max_tokens=9, draft=True) for text in ("One two.", "And?")]
+    talk = Conversation(engine)
+    drafted = [answer.tokens for answer in talk.turns(prompts)]
+    first, second = histories
+    assert np.array_equal(second[: -len(prompts[1].tokens(VOCAB))], talk.tokens[: len(first) + 10])
+    plain = Conversation(engine).turns([replace(prompt, draft=False) for prompt in prompts])
+    assert drafted == [answer.tokens for answer in plain]
 
 
 def test_only_greedy_decoding_is_guessed(engine: Engine) -> None:

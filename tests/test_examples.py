@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from fractions import Fraction
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
+from gemtool.model.config import ModelConfig
 from tests.conftest import ROOT, command_environment
 
 pytestmark = pytest.mark.skipif(shutil.which("jq") is None, reason="the examples use jq")
@@ -187,7 +189,11 @@ def test_recall(tmp_path: Path) -> None:
     folder = tmp_path / "examples" / "recall"
     stages = (folder / "stages.toml").read_text()
     (folder / "few.toml").write_text(re.sub(r"steps = \d+", "steps = 2", stages))
-    small = "DOCS=24 BATCH=3 LENGTH=512 STAGES=few.toml LENGTHS=400,600 NEEDLES=3 CASES=2"
+    small = (
+        "DOCUMENTS='--documents 24' HELD_OUT='--documents 2 --words 600 --needles 4' BATCH=3 "
+        "LENGTH=512 HELD_OUT_LENGTH=2048 STAGES=few.toml LENGTHS=400,600 NEEDLES=3 CASES=2 "
+        "BEYOND_LENGTHS=600"
+    )
     command = f"make -C {folder} BUILD={tmp_path}/build {small} PYTHON={sys.executable}"
     shown = shell(command, tmp_path).stdout
     assert (tmp_path / "build" / "recall.png").stat().st_size > 1000
@@ -199,12 +205,39 @@ def test_recall(tmp_path: Path) -> None:
         (length, case) for length in (400, 600) for case in (0, 1) for _ in range(3)
     ]
     assert [row["stage"] for row in steps] == ["trunk"] * 2 + ["index"] * 2
+    assert {"128", "1024"} < steps[-1]["eval_index"].keys()
     for length in (400, 600):
         found = sum(row["score"] for row in rows if row["length"] == length)
         assert re.search(rf"{length}  +{found:.0f}/ +6 ", shown)
     made = (tmp_path / "build" / "run" / "weights.safetensors").stat().st_mtime_ns
     assert re.search(r"600  +\d/ +6 ", shell(command, tmp_path).stdout)
     assert (tmp_path / "build" / "run" / "weights.safetensors").stat().st_mtime_ns == made
+    some = "beyond BEYOND='german distractors1 absent-no-prefix multi-5'"
+    lines = shell(command.replace("recall ", f"recall {some} ", 1), tmp_path).stdout.splitlines()
+    names = [re.match(r"(.*?)  +600  ", line) for line in lines]
+    assert [found[1] for found in names if found] == [
+        "german", "1 distractors", "absent, no prefix", "multi-needle 5",
+    ]  # fmt: skip
+
+
+def test_ablations_change_what_they_say() -> None:
+    """Each is another model that can be made, or other stages."""
+    path = ROOT / "examples" / "recall" / "ablations.py"
+    spec = importlib.util.spec_from_file_location("ablations", path)
+    assert spec is not None
+    ablations = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(ablations)  # type: ignore[union-attr]
+    base = ModelConfig.from_dict(tomllib.loads(ablations.MODEL.read_text()))
+    for name, (_, changes) in ablations.VARIANTS.items():
+        model, stages = (
+            ablations.changed(path.read_text(), changes)
+            for path in (ablations.MODEL, ablations.STAGES)
+        )
+        config = ModelConfig.from_dict(tomllib.loads(model))
+        is_new = config != base or stages != ablations.STAGES.read_text()
+        assert is_new == (name != "base"), name
+        for old, _ in changes:
+            assert old in ablations.MODEL.read_text() + ablations.STAGES.read_text(), (name, old)
 
 
 def test_intervals_of_recall() -> None:

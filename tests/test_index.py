@@ -329,6 +329,20 @@ def test_quality_counts_the_blocks_that_are_chosen_at_a_position() -> None:
     np.testing.assert_allclose(all_of_them[4:9], 1, atol=1e-5)
 
 
+def test_learns_from_what_is_a_target_alone() -> None:
+    p, batch = random_params(CONFIG), packed(tokens_of(5))
+    late = np.zeros((2, LENGTH), np.float32)
+    late[:, 64:] = 0.5
+    found, whole = (
+        transformer.index_quality(p, CONFIG, dataclasses.replace(batch, weights=jnp.asarray(w)))
+        for w in (late, np.ones_like(late))
+    )
+    for name, x in whole.items():
+        np.testing.assert_allclose(found[name][7:], 0.5 * x[7:], rtol=1e-5, err_msg=name)
+        assert float(x[:7].sum()) > 0, name
+        assert not np.asarray(found[name][:7]).any(), name
+
+
 @pytest.mark.parametrize("length", [64, 60, 5])
 def test_short_and_ragged_sequences_are_fine(length: int) -> None:
     found = learned(random_params(CONFIG), packed(tokens_of(7, 2, length)))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from gemtool.data.vocab import Vocab
-from gemtool.infer.decode import load_context
+from gemtool.infer.contexts import load_context
 from gemtool.infer.engine import Engine, Sequence
 from gemtool.infer.prefill import Planner, write_context
 from gemtool.model.config import ModelConfig
@@ -113,7 +113,7 @@ def test_a_saved_context_answers_as_the_one_in_memory(
     with open_contexts(str(tmp_path / "a.ctx")) as contexts:
         reader = next(contexts)
         layout = reader.header.layout
-        loaded = load_context(engine, reader)
+        loaded = load_context(engine, reader).sequence
     assert layout[1]["index"]["block"] == 16
     np.testing.assert_allclose(loaded.logits, context.logits, atol=1e-4)
     for seed in (1, 2):

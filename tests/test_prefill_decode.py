@@ -28,7 +28,8 @@ from gemtool.control import VIDEO as VIDEO_TOKEN
 from gemtool.data.settings import MediaSettings
 from gemtool.data.vocab import Vocab
 from gemtool.errors import CorruptInput, GemtoolError
-from gemtool.infer.decode import Request, answers, load_context
+from gemtool.infer.contexts import load_context
+from gemtool.infer.decode import Request, answers
 from gemtool.infer.engine import Engine
 from gemtool.infer.prefill import write_context
 from gemtool.infer.sampling import Sampling
@@ -353,7 +354,7 @@ def test_a_saved_context_answers_as_the_one_in_memory(engine: Engine, tmp_path: 
     assert footer["media_sha256"].keys() == {"video", "audio"}
     live = engine.prefill(spans)
     with open_contexts(str(tmp_path / "film.ctx")) as contexts:
-        restored = load_context(engine, next(contexts))
+        restored = load_context(engine, next(contexts)).sequence
     assert restored.length == live.length == footer["length"]
     assert np.array_equal(restored.logits, live.logits)
     for name, array in restored.state().items():
@@ -376,7 +377,7 @@ def test_chunked_layers_keep_no_more_than_a_chunk(vocab: Vocab, tmp_path: Path) 
         context = next(contexts)
         kept = [(layer["attention"], layer["window"]) for layer in context.header.layout]
         assert kept == [("chunk", 8), ("full", 0), ("chunk", 8)]
-        restored = load_context(engine, context)
+        restored = load_context(engine, context).sequence
     assert restored.state()["layers/0/k"].shape == (1, 8, 1, 8)
     new = text_tokens(11, 7)  # beyond the end of the chunk that the context ends in
     expected = full_logits(engine, [*spans, Span("a", 1, "text", new, start=150)])

@@ -22,7 +22,7 @@ MODEL, STAGES = (HERE / name for name in ("model.toml", "stages.toml"))
 
 # kinds.S: as kinds.G, with whose keys and values it works.
 TEXT = MODEL.read_text()
-GLOBAL = TEXT[TEXT.index("[kinds.G]") : TEXT.index("[moe]")]
+GLOBAL = TEXT[TEXT.index("[kinds.G]") : TEXT.index("# The window layer behind it")]
 SHARING = (
     GLOBAL.replace("kinds.G", "kinds.S")
     .replace('attention = "indexed"', 'attention = "indexed"\nshares = "G"')
@@ -52,7 +52,7 @@ VARIANTS: dict[str, tuple[str, list[tuple[str, str]]]] = {
     ),
     "temperature": (
         "attention no sharper further on",
-        [("length_scale = 0.1", "length_scale = 0.0")],
+        [("length_scale = 0.2", "length_scale = 0.0")],
     ),
     "horizon": (
         "the index learns from attention as it falls",
@@ -60,7 +60,7 @@ VARIANTS: dict[str, tuple[str, list[tuple[str, str]]]] = {
     ),
     "two": (
         "a second global layer, on the keys of the first",
-        [('layers = "LLGL"', 'layers = "LLGLSL"'), ("[moe]", SHARING + "[moe]")],
+        [('layers = "LLGI"', 'layers = "LLGISI"'), ("[moe]", SHARING + "[moe]")],
     ),
     "dense": (
         "no experts: a feed-forward layer of 384 in each",

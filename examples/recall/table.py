@@ -37,18 +37,39 @@ def effective_count(contexts: Sequence[Sequence[float]]) -> float:
     return total / min(max(effect, 1.0), size)
 
 
-def rows_of(paths: Iterable[str]) -> dict[int, list[dict]]:
-    found: dict[int, list[dict]] = {}
+PLAIN = {"wording": "report", "distractors": 0, "values": 1, "absent": False, "prefix": True}
+"""What a row says where nothing else was asked for."""
+
+
+def variant(row: dict) -> str:
+    """What sets a row apart from the plain needle: "german, 4 distractors"."""
+    words = [] if row["probe"] == "needle" else [row["probe"]]
+    found = {name: row.get(name, usual) for name, usual in PLAIN.items()}
+    words += [found["wording"]] * (found["wording"] != "report")
+    numbers = [name for name in ("distractors", "values") if found[name] != PLAIN[name]]
+    words += [f"{found[name]} {name}" for name in numbers]
+    words += ["absent"] * found["absent"] + ["no prefix"] * (not found["prefix"])
+    return ", ".join(words)
+
+
+def rows_of(paths: Iterable[str]) -> dict[tuple[str, int], list[dict]]:
+    """Rows by variant and length, in the order of the files."""
+    found: dict[tuple[str, int], list[dict]] = {}
     for path in paths:
-        for line in Path(path).read_text().splitlines():
-            row = json.loads(line)
-            found.setdefault(row["length"], []).append(row)
-    return dict(sorted(found.items()))
+        rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
+        cases = max(sum(row["case"] == 0 for row in rows) // len({r["length"] for r in rows}), 1)
+        for row in rows:
+            name = variant(row) + (f" {cases}" if row["probe"] != "needle" else "")
+            found.setdefault((name, row["length"]), []).append(row)
+    return found
 
 
 def main(paths: list[str]) -> None:
-    print(f"{'tokens':>12}  {'found':>9}  {'recall':>7}  {'95%':15}  prefill, tokens/s")
-    for length, rows in rows_of(paths).items():
+    found = rows_of(paths)
+    width = max(len(name) for name, _ in found)
+    title = f"{'':{width}}  " if width else ""
+    print(f"{title}{'tokens':>12}  {'found':>9}  {'recall':>7}  {'95%':15}  prefill, tokens/s")
+    for (name, length), rows in found.items():
         contexts: dict[tuple[str, int, int], list[float]] = {}
         seconds = {}
         for row in rows:
@@ -60,7 +81,8 @@ def main(paths: list[str]) -> None:
         low, high = wilson(share, effective_count(list(contexts.values())))
         speed = length * len(seconds) / sum(seconds.values())
         print(
-            f"{length:12,}  {sum(scores):4.0f}/{len(scores):4}  {100 * share:6.1f}%  "
+            (f"{name:{width}}  " if width else "")
+            + f"{length:12,}  {sum(scores):4.0f}/{len(scores):4}  {100 * share:6.1f}%  "
             f"{100 * low:5.1f}..{100 * high:5.1f}%  {speed:,.0f}"
         )
 

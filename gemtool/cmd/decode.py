@@ -25,7 +25,7 @@ from gemtool.cmd.options import (
     compiled,
     require_given,
 )
-from gemtool.errors import CorruptInput, NoInput, UsageError, reason
+from gemtool.errors import CorruptInput, GemtoolError, NoInput, UsageError, reason
 
 if TYPE_CHECKING:
     from gemtool.infer.decode import Request
@@ -133,6 +133,18 @@ def decode(
         AnswerFormat,
         typer.Option("--format", help="auto: text on a terminal, else one JSON object an answer."),
     ] = AnswerFormat.auto,
+    save: Annotated[
+        str | None,
+        typer.Option(
+            "--save",
+            metavar="CTX",
+            help="Write the context with question and answer, for the next.",
+        ),
+    ] = None,
+    chat: Annotated[
+        bool,
+        typer.Option("--chat", help="Talk in a terminal, a line a turn, until the end of input."),
+    ] = False,
     mesh: Mesh = None,
     output: Output = None,
     force: Force = False,
@@ -157,7 +169,13 @@ def decode(
         as_text = output in (None, "-") and sys.stdout.isatty() and not logprobs
     if as_text and logprobs:
         raise UsageError("--logprobs needs --format jsonl")
-    source = _source(prompt, prompt_file, prompts, cache)
+    if save is not None and prompts is not None:
+        raise UsageError(
+            "--save keeps one conversation, --prompts asks each by itself; use one of them"
+        )
+    if chat:
+        _require_chat(prompt, prompt_file, prompts, cache, as_text, output)
+    source = None if chat else _source(prompt, prompt_file, prompts, cache)
     if prompt == "" and not (raw and cache):
         raise UsageError("--prompt is empty; give a question, or with --cache and --raw go on")
 
@@ -182,8 +200,13 @@ def decode(
     with (
         _requests(source, prompts, default, cache is not None) as requests,
         open_output(output, force=force, binary=False) as sink,
+        contextlib.nullcontext() if save is None else open_output(save, force=force) as kept,
     ):
-        _answer(ckpt, mesh, cache, requests, sink, as_text)
+        if chat or kept is not None:
+            said = _lines(default) if chat else (request.prompt for request in requests)
+            _converse(ckpt, mesh, cache, said, sink, as_text, (save, kept))
+        else:
+            _answer(ckpt, mesh, cache, requests, sink, as_text)
 
 
 def _grammar(json_schema: str | None, regex: str | None, grammar: str | None) -> Grammar | None:
@@ -271,6 +294,90 @@ def _requests(
         if asks_nothing(request.prompt, has_context):
             raise CorruptInput(f"{display_name(source)}: empty; expected a question")
         yield [request]
+
+
+def _require_chat(
+    prompt: str | None,
+    prompt_file: str | None,
+    prompts: str | None,
+    cache: str | None,
+    as_text: bool,
+    output: str | None,
+) -> None:
+    given = {"--prompt": prompt, "--prompt-file": prompt_file, "--prompts": prompts, "-o": output}
+    for option, value in given.items():
+        if value is not None:
+            raise UsageError(f"--chat asks for what to say; leave out {option}")
+    if cache == "-":
+        raise UsageError(
+            "--chat: standard input cannot be the context and what you say; name a file"
+        )
+
+
+def _lines(default: Prompt) -> Iterator[Prompt]:
+    """What is said on standard input, a line a turn; empty lines say nothing."""
+    from dataclasses import replace
+
+    asks = sys.stdin.isatty()
+    if asks:
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401 (input() edits lines with it)
+    index = 0
+    while True:
+        try:
+            line = input("> " if asks else "")
+        except EOFError:
+            if asks:
+                print(file=sys.stderr)
+            return
+        except UnicodeDecodeError:
+            raise CorruptInput("<stdin>: not UTF-8 text") from None
+        if line.strip():
+            yield replace(default, text=line, index=index)
+            index += 1
+
+
+def _converse(
+    ckpt: str,
+    mesh: str | None,
+    cache: str | None,
+    prompts: Iterable[Prompt],
+    sink: BinaryIO,
+    as_text: bool,
+    kept: tuple[str | None, BinaryIO | None],
+) -> None:
+    """Answers prompts as the turns of one conversation, and saves it."""
+    from gemtool.checkpoint import open_checkpoint
+    from gemtool.infer.chat import Conversation
+    from gemtool.infer.contexts import open_base
+    from gemtool.infer.decode import Request, to_row
+    from gemtool.infer.engine import Engine
+    from gemtool.model.mesh import open_mesh
+
+    def write(text: str) -> None:
+        sink.write(text.encode())
+        sink.flush()
+
+    path, file = kept
+    checkpoint = open_checkpoint(ckpt)
+    engine = Engine(checkpoint, mesh=open_mesh(mesh, checkpoint.config))
+    base = None if cache is None else open_base(engine, cache, path)
+    talk = Conversation(engine, base)
+    said: list[Prompt] = []
+
+    def saying() -> Iterator[Prompt]:
+        for prompt in prompts:
+            said.append(prompt)
+            yield prompt
+
+    for answer in talk.turns(saying(), write if as_text else None):
+        request = Request(str(len(said) - 1), said[-1])
+        row = to_row(request, None if base is None else base.doc, answer)
+        write("\n" if as_text else json.dumps(row, ensure_ascii=False) + "\n")
+    if file is not None:
+        if not len(talk.tokens):
+            raise GemtoolError("--save: nothing was said")
+        talk.save(file)
 
 
 def _answer(

@@ -118,7 +118,7 @@ def view_folder(folder: Path, request: Request) -> Iterator[str]:
 def view_stream(path: str | None, request: Request, recover: bool) -> Iterator[str]:
     """Lines about a span stream or contexts, from a file or stdin."""
     from gemtool.stream.checked import Source, stream_kind
-    from gemtool.stream.files import display_name, open_input
+    from gemtool.stream.files import display_name, is_stdin, open_input
     from gemtool.stream.spans import read_spans
 
     name = display_name(path)
@@ -127,7 +127,8 @@ def view_stream(path: str | None, request: Request, recover: bool) -> Iterator[s
         if stream_kind(source) == "context":
             if recover:
                 raise UsageError("--recover is for span streams; half a context answers nothing")
-            yield from view_contexts(source, name, request)
+            folder = Path() if is_stdin(path) else Path(str(path)).parent
+            yield from view_contexts(source, name, request, folder)
             return
         reader = read_spans(source, name, recover=recover)
         yield from view_spans(reader, reader.header, request, name)
@@ -267,13 +268,14 @@ def view_shards(folder: Path, request: Request) -> Iterator[str]:
 # Contexts
 
 
-def view_contexts(source: Source, name: str, request: Request) -> Iterator[str]:
-    """Lines about the contexts of a file, one document each."""
+def view_contexts(source: Source, name: str, request: Request, folder: Path) -> Iterator[str]:
+    """Lines about the contexts of a file in `folder`, one document each."""
     from gemtool.stream.context import read_contexts
+    from gemtool.stream.lineage import whole_parts
 
     request.refuse_frames(name, "a context")
     mode = request.mode
-    for context in read_contexts(source, name):
+    for context in read_contexts(source, name, folder):
         if mode is Mode.header:
             yield to_json(context.header.to_dict())
             continue
@@ -281,11 +283,17 @@ def view_contexts(source: Source, name: str, request: Request) -> Iterator[str]:
             for row in context.rows():
                 yield to_json(row.describe())
             continue
+        if mode is Mode.verify:
+            for _ in whole_parts(context):
+                pass
+            yield (
+                f"{name}: {escaped(context.footer['doc'])}: ok, {context.footer['length']:,} tokens, "
+                f"id {context.id}"
+            )
+            continue
         found = context_stats(context)
         if mode is Mode.stats:
             yield to_json(found)
-        elif mode is Mode.verify:
-            yield f"{name}: {escaped(found['doc'])}: ok, {found['length']:,} tokens, id {found['id']}"
         else:
             yield from pairs(found)
 
@@ -302,7 +310,8 @@ def context_stats(context: ContextReader) -> dict[str, Any]:
         "length": context.footer["length"],
         "kinds": context.footer["kinds"],
         "model": context.header.model,
-        "parent": context.header.parent,
+        "parent": context.header.to_dict()["parent"],
+        "start": context.header.start,
         "bytes": sizes,
     }
 

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any, BinaryIO
 
-import numpy as np
-
 from gemtool.errors import CorruptInput, GemtoolError, did_you_mean, not_json
-from gemtool.infer.engine import Answer, Engine, Sequence
+from gemtool.infer.contexts import load_context
+from gemtool.infer.engine import Answer, Engine
 from gemtool.infer.grammar import KINDS, Grammar
 from gemtool.infer.sampling import Sampling
 from gemtool.infer.text import Prompt
-from gemtool.stream.context import ContextReader, context_documents, open_contexts, require_match
+from gemtool.stream.context import context_documents, open_contexts
 
 
 @dataclass(frozen=True)
@@ -116,36 +115,6 @@ def _request(row: Any, index: int, default: Prompt) -> Request:
     return Request(identity, prompt, row.get("doc"))
 
 
-def load_context(engine: Engine, reader: ContextReader) -> Sequence:
-    """Puts a context back into a model.
-
-    Raises:
-        GemtoolError: another model, vocabulary or layout made it.
-        CorruptInput: it is damaged or truncated.
-    """
-    require_match(reader.header, engine.header(reader.header.doc), reader.name)
-    blocks: list[Mapping[str, np.ndarray]] = []
-    state: Mapping[str, np.ndarray] = {}
-    logits = np.empty(0, np.float32)
-    tokens, length = [np.empty(0, np.int32)], 0
-    for part in reader.parts():
-        if part.part == "block":
-            blocks.append(part.arrays)
-            tokens.append(part.arrays["tokens"])
-        elif part.part == "state":
-            state, length = part.arrays, part.stop
-        elif part.part == "end":
-            logits = part.arrays["logits"]
-    if length != reader.footer["length"]:
-        raise CorruptInput(f"{reader.name}: the last state is of token {length:,}, not of the last")
-    try:
-        sequence = engine.restore(length, blocks, state, logits)
-    except (KeyError, ValueError) as problem:
-        raise CorruptInput(f"{reader.name}: the context is not whole ({problem})") from None
-    sequence.tokens = np.concatenate(tokens)
-    return sequence
-
-
 def answers(
     engine: Engine,
     cache: str | None,
@@ -184,7 +153,7 @@ def answers(
         for reader in contexts:
             doc = reader.header.doc
             found.add(doc)
-            sequence = load_context(engine, reader)
+            sequence = load_context(engine, reader).sequence
             for request in _all(seen, coming):
                 if request.doc in (None, doc):
                     yield request, doc, engine.answer(sequence, request.prompt, on_text)

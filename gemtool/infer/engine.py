@@ -184,6 +184,7 @@ class Sequence:
         """
         child = Sequence(self._engine, self._taken(), self._state, self.length)
         child._logits, self._buffers = self._logits, None
+        child.tokens = self.tokens
         try:
             yield child
         finally:
@@ -342,9 +343,10 @@ class Engine:
         length: int,
         blocks: list[Mapping[str, np.ndarray]],
         state: Mapping[str, np.ndarray],
-        logits: np.ndarray,
+        logits: np.ndarray | None,
     ) -> Sequence:
-        """A sequence from what `Sequence.block` and `Sequence.state` gave."""
+        """A sequence from what `Sequence.block` and `Sequence.state` gave; `logits` are None where it
+        is to go on before it is asked."""
         capacity = capacity_for(length + 2 * PROMPT_TILE)
         empty, like = abstract_sequence(self.config, capacity, self.mesh)
         buffers = tuple(
@@ -357,7 +359,7 @@ class Engine:
         given = {"length": np.int32(length), **state}
         cache = map_state(self.config, like, lambda path, x: _put(np.array(given[path]), x))
         sequence = Sequence(self, buffers, cache, length)
-        sequence._logits = np.array(logits)
+        sequence._logits = None if logits is None else np.array(logits)
         return sequence
 
     def bytes_for(self, length: int) -> int:
@@ -389,9 +391,11 @@ class Engine:
             soft = encode(self.params, self.config, kind, values, rows)
         return np.asarray(soft, np.float32)
 
-    def tiles(self, pieces: Iterable[Piece], boundary: int | None = None) -> Iterator[Tile]:
-        """The tiles in which `prefill` runs a document."""
-        return tiles_of(pieces, self.chunk, reach=self.reach, boundary=boundary)
+    def tiles(
+        self, pieces: Iterable[Piece], boundary: int | None = None, start: int = 0
+    ) -> Iterator[Tile]:
+        """The tiles in which `prefill` runs a document, or what continues it from `start`."""
+        return tiles_of(pieces, self.chunk, reach=self.reach, boundary=boundary, start=start)
 
     def prefill(
         self,

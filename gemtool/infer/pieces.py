@@ -138,19 +138,25 @@ def _encoded(queue: list[Span], config: ModelConfig, encode: Encode) -> Iterator
 
 
 def tiles_of(
-    pieces: Iterable[Piece], chunk: int, *, reach: int, boundary: int | None = None
+    pieces: Iterable[Piece],
+    chunk: int,
+    *,
+    reach: int,
+    boundary: int | None = None,
+    start: int = 0,
 ) -> Iterator[Tile]:
     """Cuts pieces into tiles of at most `chunk` positions.
 
     Args:
-        pieces: one document, from its beginning.
+        pieces: one document, or what continues it.
         chunk: at least 1.
         reach: how many positions before the last one are scored at least; tiles that hold none of
             them are not.
         boundary: tiles never extend over a multiple of this position.
+        start: the position of the first piece.
     """
     waiting: list[Piece] = []
-    available = position = 0
+    available, position = 0, start
 
     def take(size: int) -> Piece:
         nonlocal available, position

@@ -150,7 +150,15 @@ def attend_packed(
         out,
         shared,
         index.objective(
-            p["index"], kind, sources[0], vectors, (far, k), p.get("sink"), segments, documents
+            p["index"],
+            kind,
+            sources[0],
+            vectors,
+            (far, k),
+            p.get("sink"),
+            segments,
+            documents,
+            batch.weights,
         ),
     )
 

@@ -140,6 +140,7 @@ def objective(
     sink: jax.Array | None,
     segments: jax.Array,
     documents: jax.Array,
+    weights: jax.Array,
 ) -> dict[str, jax.Array]:
     """How far a layer's index is from what its attention looks at, over whole packed sequences.
 
@@ -157,11 +158,12 @@ def objective(
         sink: [H] or None.
         segments: int32 [B, T]; 0 is padding.
         documents: int32 [B, T], equal where documents are.
+        weights: float32 [B, T], how much each query counts: what its next token weighs as a target.
 
     Returns:
-        float32 [DOUBLINGS] each, sums over the queries from position 2^(d-1) to 2^d, weighted by the
-        share of attention that their candidates get and by how much of that falls into one block (the
-        sum of squared shares: a query that looks everywhere has nothing to find): "loss", a
+        float32 [DOUBLINGS] each, sums over the queries from position 2^(d-1) to 2^d, weighted also by
+        the share of attention that their candidates get and by how much of that falls into one block
+        (the sum of squared shares: a query that looks everywhere has nothing to find): "loss", a
         cross-entropy; "top1", whether the block that gets most has the best score; "topk", whether it
         is among the best, as many as are chosen at its position; "mass", the share that these get of
         what all candidates do; and "weight", the sum of the weights.
@@ -175,7 +177,7 @@ def objective(
 
     x, vectors = padded(jax.lax.stop_gradient(x)), padded(vectors)
     q, k = (padded(jax.lax.stop_gradient(x).astype(jnp.float32)) for x in qk)
-    segments, documents = padded(segments), padded(documents)
+    segments, documents, weights = padded(segments), padded(documents), padded(weights)
     batch, length = segments.shape
     count = length // block
     landmarks = summarise(index, vectors.reshape(batch, count, block, -1))
@@ -209,7 +211,7 @@ def objective(
         share = jnp.where(own, share, 0)
         total = share.sum(axis=2)
         share = share / jnp.maximum(total, 1e-9)[:, :, None]
-        weight = total * (share * share).sum(axis=2)
+        weight = take(weights) * total * (share * share).sum(axis=2)
         target = jnp.where(owner, jnp.tile(share, (1, 1, batch)), 0)  # [B, Q, B * J]
         allowed = jnp.where(owner, jnp.tile(own, (1, 1, batch)), foreign[:, None, :])
         u = query_vectors(p, take(x))

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, Protocol
 
 from gemtool.errors import CorruptInput, GemtoolError, reason
 from gemtool.probes import probe_options
-from gemtool.stream.files import atomic_write, sync_folder
+from gemtool.stream.files import atomic_write, open_locked, sync_folder
 
 Row = dict[str, Any]
 Key = tuple[int, float, int]
@@ -69,7 +68,10 @@ class RowLog:
         if target is None:
             return
         self._partial = target.with_name(target.name + ".partial")
-        self._file = self._opened()
+        try:
+            self._file = open_locked(self._partial)
+        except OSError as problem:
+            raise self._unwritable(problem) from None
         try:
             if target.exists() and not force:
                 raise GemtoolError(f"{target}: another process has just written it")
@@ -80,25 +82,6 @@ class RowLog:
         except BaseException:
             self._file.close()
             raise
-
-    def _opened(self) -> BinaryIO:
-        """The partial file, which no other process holds."""
-        while True:
-            try:
-                file = self._partial.open("a+b")
-            except OSError as problem:
-                raise self._unwritable(problem) from None
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                # The holder before us may have renamed it meanwhile.
-                if os.path.samestat(os.fstat(file.fileno()), self._partial.stat()):
-                    return file
-            except BlockingIOError:
-                file.close()
-                raise GemtoolError(f"{self._partial}: another process is writing it") from None
-            except FileNotFoundError:
-                pass
-            file.close()
 
     def _unwritable(self, problem: OSError) -> GemtoolError:
         return GemtoolError(f"{self._target}: cannot be written: {reason(problem)}")

@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
 from typing import Any, BinaryIO
 
 import pyarrow as pa
@@ -139,29 +140,84 @@ def chain_crc32(running: int, crc: int) -> int:
     return zlib.crc32(crc.to_bytes(4, "big"), running)
 
 
-class CheckedWriter:
-    """Writes one checked stream. Without `close` it has no footer, so it counts as truncated."""
+@dataclass(frozen=True)
+class Counts:
+    """What a stream holds so far."""
 
-    def __init__(self, sink: BinaryIO, schema: pa.Schema, header: dict[str, Any]) -> None:
+    batches: int = 0
+    rows: int = 0
+    crc32: int = 0
+    """The running checksum."""
+
+    def plus(self, crc: int, rows: int) -> Counts:
+        """With one more batch."""
+        return Counts(self.batches + 1, self.rows + rows, chain_crc32(self.crc32, crc))
+
+    def to_dict(self) -> dict[str, int]:
+        return asdict(self)
+
+
+class _Gate:
+    """A sink that takes nothing while it is closed."""
+
+    closed = False
+
+    def __init__(self, sink: BinaryIO) -> None:
         self._sink = sink
+        self.is_open = True
+
+    def write(self, data: Any) -> int:
+        return self._sink.write(data) if self.is_open else memoryview(data).nbytes
+
+    def flush(self) -> None:
+        self._sink.flush()
+
+    def writable(self) -> bool:
+        return True
+
+    def readable(self) -> bool:
+        return False
+
+    def seekable(self) -> bool:
+        return False
+
+    def close(self) -> None:
+        """Closing belongs to whoever opened the sink."""
+
+
+class CheckedWriter:
+    """Writes one checked stream. Without `close` it has no footer, so it counts as truncated.
+
+    With `after`, `sink` is at the end of a stream that holds so much, and it goes on.
+    """
+
+    def __init__(
+        self,
+        sink: BinaryIO,
+        schema: pa.Schema,
+        header: dict[str, Any],
+        after: Counts | None = None,
+    ) -> None:
+        self._sink = _Gate(sink)
         encoded = encode_json(header)
         metadata = {"gemtool": encoded, "gemtool.crc32": str(zlib.crc32(encoded))}
         self._schema = schema.with_metadata(metadata)
-        self._writer = pa.ipc.new_stream(sink, self._schema)
-        self._crc = 0
-        self._batches = 0
-        self._rows = 0
+        self._writer = pa.ipc.new_stream(self._sink, self._schema)
+        if after is not None:
+            # Arrow writes the schema with the first batch: here it is there already.
+            self._sink.is_open = False
+            self._writer.write_batch(pa.RecordBatch.from_pylist([], schema=self._schema))
+            self._sink.is_open = True
+        self._counts = after or Counts()
 
     def write(self, batch: pa.RecordBatch) -> None:
         crc = batch_crc32(batch)
         self._writer.write_batch(batch, custom_metadata={"crc32": str(crc)})
-        self._crc = chain_crc32(self._crc, crc)
-        self._batches += 1
-        self._rows += batch.num_rows
+        self._counts = self._counts.plus(crc, batch.num_rows)
 
     def close(self, footer: dict[str, Any]) -> dict[str, Any]:
         """Writes the footer (`footer` and the counts) and the end of the stream; returns it."""
-        whole = {**footer, "batches": self._batches, "rows": self._rows, "crc32": self._crc}
+        whole = {**footer, **self._counts.to_dict()}
         encoded = encode_json(whole)
         empty = pa.RecordBatch.from_pylist([], schema=self._schema)
         self._writer.write_batch(
@@ -178,6 +234,7 @@ class CheckedReader:
     Attributes:
         header: the JSON header, checked.
         footer: the JSON footer; empty until `batches` is exhausted.
+        counts: what the batches so far hold.
 
     Raises:
         CorruptInput: damaged, truncated, or not a gemtool stream of this kind (`stream`).
@@ -187,6 +244,7 @@ class CheckedReader:
     def __init__(self, source: Source, name: str, *, stream: str, version: int) -> None:
         self._source, self._name = source, name
         self.footer: dict[str, Any] = {}
+        self.counts = Counts()
         if source.at_end():
             raise CorruptInput(f"{name}: empty input; expected a {_STREAMS[stream]}")
         start = source.peek(len(ARROW_MAGIC))
@@ -214,10 +272,15 @@ class CheckedReader:
         check_kind(self.header, name, stream, version)
         self.schema: pa.Schema = self._reader.schema.remove_metadata()
 
+    @property
+    def position(self) -> int:
+        """Bytes of the source that were read: to the end of the last batch, or of the stream."""
+        return self._source.position
+
     def batches(self) -> Iterator[pa.RecordBatch]:
         """The batches, each verified before it is given; ends after a footer that agrees."""
-        running, count, rows = 0, 0, 0
         while True:
+            count = self.counts.batches
             where = f"record batch {count}"
             try:
                 batch, metadata = self._reader.read_next_batch_with_custom_metadata()
@@ -237,8 +300,7 @@ class CheckedReader:
                 if str(zlib.crc32(encoded)).encode() != crc:
                     raise self._damaged("the footer does not match its checksum")
                 footer = self._object(encoded, "footer")
-                found = {"batches": count, "rows": rows, "crc32": running}
-                for key, value in found.items():
+                for key, value in self.counts.to_dict().items():
                     if footer.get(key) != value:
                         raise self._damaged(
                             f"the footer says {key} is {footer.get(key)}, the stream has {value}"
@@ -249,7 +311,7 @@ class CheckedReader:
             found_crc = batch_crc32(batch)
             if str(found_crc).encode() != crc:
                 raise self._damaged(f"{where} does not match its checksum")
-            running, count, rows = chain_crc32(running, found_crc), count + 1, rows + batch.num_rows
+            self.counts = self.counts.plus(found_crc, batch.num_rows)
             yield batch
 
     def _object(self, encoded: bytes, what: str) -> dict[str, Any]:

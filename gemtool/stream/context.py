@@ -19,13 +19,14 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import math
 import mmap
 import os
 import stat
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -33,9 +34,9 @@ import numpy as np
 import pyarrow as pa
 
 from gemtool.errors import CorruptInput, GemtoolError
-from gemtool.stream.checked import CheckedReader, CheckedWriter, Source, encode_json
+from gemtool.stream.checked import CheckedReader, CheckedWriter, Counts, Source, encode_json
 from gemtool.stream.columns import binary_view, large_binary
-from gemtool.stream.files import display_name, open_input
+from gemtool.stream.files import display_name, is_stdin, open_input
 
 VERSION = 1
 BLOCK = 4096
@@ -60,6 +61,17 @@ _DTYPES = ("float16", "float32", "int32", "int64", "uint8")
 
 
 @dataclass(frozen=True)
+class Parent:
+    """The context that another one continues."""
+
+    id: str
+    path: str
+    """Its file, relative to the folder of the file that names it."""
+    index: int = 0
+    """Which of the contexts in that file."""
+
+
+@dataclass(frozen=True)
 class ContextHeader:
     """What is known of a context before its first token."""
 
@@ -74,8 +86,10 @@ class ContextHeader:
     kv_dtype: str
     """Of keys and values."""
     block: int = BLOCK
-    parent: str | None = None
-    """Id of the context that this one continues."""
+    parent: Parent | None = None
+    """The context that this one continues: its blocks before `start` are in that file alone."""
+    start: int = 0
+    """Tokens that are the parent's, whole blocks; the first block here begins with the next."""
     pg: tuple[Mapping[str, Any], ...] = ()
     """Provenance: one entry a program, oldest first."""
 
@@ -89,7 +103,8 @@ class ContextHeader:
             "layout": [dict(layer) for layer in self.layout],
             "kv_dtype": self.kv_dtype,
             "block": self.block,
-            "parent": self.parent,
+            "parent": None if self.parent is None else asdict(self.parent),
+            "start": self.start,
             "pg": [dict(entry) for entry in self.pg],
         }
 
@@ -102,7 +117,8 @@ class ContextHeader:
             layout=tuple(value["layout"]),
             kv_dtype=value["kv_dtype"],
             block=value["block"],
-            parent=value.get("parent"),
+            parent=None if value.get("parent") is None else Parent(**value["parent"]),
+            start=value.get("start", 0),
             pg=tuple(value.get("pg", ())),
         )
 
@@ -186,13 +202,26 @@ def context_id(footer: Mapping[str, Any]) -> str:
 
 
 class ContextWriter:
-    """Writes one context. Without `close`, what was written has no footer and is truncated."""
+    """Writes one context. Without `close`, what was written has no footer and is truncated.
 
-    def __init__(self, sink: BinaryIO, header: ContextHeader) -> None:
+    With `after`, `sink` is at the end of a context that holds so much, of `tokens` int32 [n], and it
+    goes on.
+    """
+
+    def __init__(
+        self,
+        sink: BinaryIO,
+        header: ContextHeader,
+        after: Counts | None = None,
+        tokens: np.ndarray | None = None,
+    ) -> None:
         self.header = header
-        self.length = 0
-        self._writer = CheckedWriter(sink, CONTEXT_SCHEMA, header.to_dict())
+        self.length = header.start
+        self._writer = CheckedWriter(sink, CONTEXT_SCHEMA, header.to_dict(), after)
         self._tokens = hashlib.sha256()
+        if tokens is not None:
+            self._tokens.update(np.ascontiguousarray(tokens, "<i4").tobytes())
+            self.length += len(tokens)
 
     def block(self, tokens: np.ndarray, arrays: Mapping[str, np.ndarray]) -> None:
         """Appends the next tokens, int32 [n], and what layers keep of them, each [1, n, ...]."""
@@ -214,8 +243,9 @@ class ContextWriter:
         """Writes the footer and returns it.
 
         Args:
-            kinds: tokens by kind of span.
-            media: SHA-256 of the raw features by modality, in the order of the document.
+            kinds: tokens by kind of span, those of its parent too.
+            media: SHA-256 of the raw features by modality, in the order of the document; of a
+                modality that the parent has, of the parent's (in hexadecimal) and the features after.
         """
         return self._writer.close(
             {
@@ -261,9 +291,14 @@ class ContextReader:
         header: what the context was made with.
         footer: counts and hashes; empty until `parts` is exhausted.
         name: what messages call it.
+        folder: where its file is, to which the path of its parent is relative.
+        index: which of the contexts of its file it is.
     """
 
-    def __init__(self, source: Source, name: str) -> None:
+    def __init__(
+        self, source: Source, name: str, folder: Path | None = None, index: int = 0
+    ) -> None:
+        self.folder, self.index = folder or Path(), index
         self._stream = CheckedReader(source, name, stream="context", version=VERSION)
         if not self._stream.schema.equals(CONTEXT_SCHEMA):
             raise CorruptInput(f"{name}: the columns are not those of a context")
@@ -271,9 +306,22 @@ class ContextReader:
             self.header = ContextHeader.from_dict(self._stream.header)
         except (KeyError, TypeError) as problem:
             raise CorruptInput(f"{name}: the header lacks {problem}") from None
+        start, block = self.header.start, self.header.block
+        if (start and self.header.parent is None) or start < 0 or start % block:
+            raise CorruptInput(f"{name}: begins at token {start:,}, which no parent ends with")
         self.name = name
         self.footer: dict[str, Any] = {}
         self._parts = self._read()
+
+    @property
+    def position(self) -> int:
+        """Bytes of the input up to the end of the last part that was given."""
+        return self._stream.position
+
+    @property
+    def counts(self) -> Counts:
+        """What the parts so far hold."""
+        return self._stream.counts
 
     @property
     def id(self) -> str:
@@ -295,7 +343,7 @@ class ContextReader:
                 yield Row(part.part, part.start, part.stop, *_split(path), array)
 
     def _read(self) -> Iterator[Part]:
-        length, ended, tokens = 0, False, hashlib.sha256()
+        length, ended, tokens = self.header.start, False, hashlib.sha256()
         for batch in self._stream.batches():
             part = _part_of(batch, self.name)
             if ended or part.start != length or part.stop < length:
@@ -379,13 +427,13 @@ def open_contexts(path: str | None) -> Iterator[Iterator[ContextReader]]:
     name = display_name(path)
     with open_input(path) as file:
         source = _source(file)
-        yield read_contexts(source, name)
+        yield read_contexts(source, name, None if is_stdin(path) else Path(str(path)).parent)
 
 
-def read_contexts(source: Source, name: str) -> Iterator[ContextReader]:
-    """The contexts ahead in `source`; raises as `open_contexts`."""
-    while True:
-        reader = ContextReader(source, name)
+def read_contexts(source: Source, name: str, folder: Path | None = None) -> Iterator[ContextReader]:
+    """The contexts ahead in `source`, a file in `folder`; raises as `open_contexts`."""
+    for index in itertools.count():
+        reader = ContextReader(source, name, folder, index)
         yield reader
         for _ in reader.parts():
             pass

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from gemtool import log
 from gemtool.errors import GemtoolError, NoInput, UsageError, reason
 from gemtool.signals import removed_on_signal
 
@@ -153,6 +154,102 @@ def _remove_abandoned(target: Path) -> None:
                 with contextlib.suppress(OSError), path.open("rb") as file:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     path.unlink()
+
+
+def open_locked(path: Path) -> BinaryIO:
+    """Opens a file for reading and appending, which is made if it is not there, and which no other
+    process that opens it so holds.
+
+    Raises:
+        GemtoolError: another process holds it.
+        OSError: it cannot be opened.
+    """
+    while True:
+        file = path.open("a+b")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # The holder before us may have renamed it meanwhile.
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return file
+        except BlockingIOError:
+            file.close()
+            raise GemtoolError(f"{path}: another process is writing it") from None
+        except FileNotFoundError:
+            pass
+        file.close()
+
+
+def is_resumable(path: str | None) -> bool:
+    """Whether an output is a file: not standard output, a device or a FIFO."""
+    return path not in (None, "-") and (Path(str(path)).is_file() or not Path(str(path)).exists())
+
+
+@contextlib.contextmanager
+def resumable_output(path: str, *, force: bool, resume: bool) -> Iterator[PartialOutput]:
+    """Opens an output file that an interruption may leave to be resumed, as FILE.partial: if the block
+    has said `keep`, else nothing is left. It gets its name when the block ends without an exception.
+
+    Args:
+        path: the file.
+        force: whether to replace it.
+        resume: whether to go on with what is left of an earlier run.
+
+    Raises:
+        UsageError, GemtoolError: as `open_output`, and if another process is writing it.
+    """
+    target = Path(path)
+    if target.is_dir():
+        raise UsageError(f"{path}: is a folder; name a file")
+    if target.exists() and not force:
+        raise UsageError(f"{path}: exists already; add -f to replace it")
+    partial = target.with_name(target.name + ".partial")
+
+    def left() -> None:
+        if not output.is_kept:
+            partial.unlink(missing_ok=True)
+        elif partial.exists():
+            log.last_words(f"{partial}: kept; --resume goes on with it")
+
+    try:
+        with open_locked(partial) as file:
+            if not resume:
+                file.truncate(0)
+            output = PartialOutput(file, partial)
+            output.is_kept = resume and file.tell() > 0
+            with removed_on_signal(left):
+                try:
+                    yield output
+                    file.flush()
+                    os.fsync(file.fileno())
+                    partial.replace(target)
+                except BaseException:
+                    left()
+                    raise
+        sync_folder(target.parent)
+    except OSError as problem:
+        # What the block itself reads, or writes elsewhere, is no failure of this output.
+        named = problem.filename is not None
+        if Path(str(problem.filename)) != partial if named else problem.errno != errno.ENOSPC:
+            raise
+        raise GemtoolError(f"{path}: cannot be written: {reason(problem)}") from None
+
+
+class PartialOutput:
+    """A file that is being written."""
+
+    def __init__(self, file: BinaryIO, path: Path) -> None:
+        self.file, self.path = file, path
+        self.is_kept = False
+
+    def keep(self) -> None:
+        """From now on an interruption leaves what is there."""
+        self.file.flush()
+        self.is_kept = True
+
+    def cut(self, position: int) -> None:
+        """Forgets what is behind a position."""
+        self.file.truncate(position)
+        self.file.seek(0, os.SEEK_END)
 
 
 def atomic_write(target: Path, content: bytes) -> None:
