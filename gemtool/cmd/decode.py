@@ -41,6 +41,12 @@ class AnswerFormat(StrEnum):
     jsonl = "jsonl"
 
 
+class Draft(StrEnum):
+    """How what comes next is guessed."""
+
+    ngram = "ngram"
+
+
 @common
 def decode(
     ckpt: Annotated[
@@ -106,6 +112,13 @@ def decode(
     grammar: Annotated[
         str | None,
         typer.Option("--grammar", metavar="FILE", help="The answer follows a grammar (Lark)."),
+    ] = None,
+    draft: Annotated[
+        Draft | None,
+        typer.Option(
+            "--draft",
+            help="Guess what comes next from what went before: faster where answers repeat it.",
+        ),
     ] = None,
     raw: Annotated[
         bool, typer.Option("--raw", help="Continue the text as it is, not as a conversation.")
@@ -181,6 +194,7 @@ def decode(
         seed=seed,
         logprobs=logprobs,
         grammar=constraint,
+        draft=draft is not None,
     )
     setup_jax()
     with (

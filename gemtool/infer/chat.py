@@ -40,6 +40,7 @@ class Conversation:
                 answer = self._engine.answer(live, prompt, on_text)
                 turn = _turn(self._engine, prompt, answer)
                 live.extend(turn)
+                live.tokens = np.concatenate([live.tokens, turn])
                 self.tokens = np.concatenate([self.tokens, turn])
                 yield answer
 

@@ -86,7 +86,7 @@ def load_context(engine: Engine, reader: ContextReader) -> Loaded:
         raise CorruptInput(f"{reader.name}: the last state is of token {length:,}, not of the last")
     try:
         sequence = engine.restore(length, blocks, state, logits)
-        tokens = np.concatenate([block["tokens"] for block in blocks])
+        sequence.tokens = tokens = np.concatenate([block["tokens"] for block in blocks])
         return Loaded(reader.header.doc, sequence, tokens, reader.footer)
     except (KeyError, ValueError) as problem:
         raise CorruptInput(f"{reader.name}: the context is not whole ({problem})") from None

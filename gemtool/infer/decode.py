@@ -199,6 +199,8 @@ def to_row(request: Request, doc: str | None, answer: Answer) -> dict[str, Any]:
             "seconds": round(answer.seconds, 6),
         },
     }
+    if request.prompt.draft:
+        row["usage"] |= {"drafted": answer.drafted, "accepted": answer.accepted}
     if request.prompt.logprobs:
         row["logprobs"] = answer.logprobs
     return row

@@ -26,14 +26,17 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from gemtool.checkpoint import Checkpoint
 from gemtool.control import END_TURN, EOD
 from gemtool.errors import GemtoolError
+from gemtool.infer.draft import NgramDraft
+from gemtool.infer.generate import Chooser, Step, chosen
 from gemtool.infer.grammar import Constraint, Constraints
 from gemtool.infer.logprobs import Entries
 from gemtool.infer.pieces import Piece, Tile, pieces_of, soft_positions, tiles_of
-from gemtool.infer.sampling import Sampling, best, log_softmax, sample
+from gemtool.infer.sampling import Sampling, best, log_softmax
 from gemtool.infer.steps import (
     Buffers,
     Scores,
     abstract_sequence,
+    each_scored_step,
     encode,
     grown,
     join,
@@ -79,6 +82,7 @@ class Sequence:
 
     Attributes:
         length: positions so far.
+        tokens: int32 [n], those that an answer may repeat, where somebody told them.
     """
 
     def __init__(self, engine: Engine, buffers: Buffers, state: Cache, length: int) -> None:
@@ -87,6 +91,7 @@ class Sequence:
         self._state = state
         self._logits: Any = None
         self.length = length
+        self.tokens = np.empty(0, np.int32)
 
     @property
     def logits(self) -> np.ndarray | None:
@@ -120,6 +125,26 @@ class Sequence:
         scores, self._logits, self._buffers, self._state = found
         self.length += len(tile.piece)
         return scores
+
+    def extend_scored(self, tokens: np.ndarray, size: int, count: int) -> np.ndarray:
+        """Appends tokens int32 [n], at most `size`; the scores float32 [min(n, count), V] after each of
+        the last `count`."""
+        arguments = self._arguments(Piece(tokens), size)
+        with self._engine.on_mesh():
+            scores, self._buffers, self._state = each_scored_step(*arguments, count)
+        self.length += len(tokens)
+        found = np.asarray(scores)[: min(len(tokens), count)]
+        self._logits = found[-1]
+        return found
+
+    def mark(self) -> tuple[Any, ...]:
+        """Where the sequence is now, for `back_to`."""
+        return self._state, self._logits, self.length
+
+    def back_to(self, mark: tuple[Any, ...]) -> None:
+        """As if what was appended since the mark had never been: of the buffers, only rows beyond the
+        length were written."""
+        self._state, self._logits, self.length = mark
 
     def _arguments(self, piece: Piece, size: int) -> tuple[Any, ...]:
         """What steps take for a piece that is padded to `size`, once there is room for it."""
@@ -159,6 +184,7 @@ class Sequence:
         """
         child = Sequence(self._engine, self._taken(), self._state, self.length)
         child._logits, self._buffers = self._logits, None
+        child.tokens = self.tokens
         try:
             yield child
         finally:
@@ -211,15 +237,6 @@ class Sequence:
 
 
 @dataclass(frozen=True)
-class Step:
-    """One chosen token."""
-
-    token: int
-    logits: np.ndarray
-    """float32 [V]: the model's scores, also of tokens that a constraint forbade."""
-
-
-@dataclass(frozen=True)
 class Answer:
     """What a model said to a prompt."""
 
@@ -236,6 +253,10 @@ class Answer:
     seconds: float
     logprobs: list[dict[str, Any]]
     """Where asked for, an entry a token: `token`, `text`, `logprob`, and `top`, the best tokens."""
+    drafted: int = 0
+    """Tokens that were guessed."""
+    accepted: int = 0
+    """Those of them that the model chose too."""
 
 
 class Engine:
@@ -391,9 +412,12 @@ class Engine:
             sequence, pieces = self.begin(room, reuse), iter([Piece(document)])
         else:
             sequence, pieces = self.begin(0, reuse), pieces_of(document, self.config, self.encode)
+        read = [sequence.tokens]
         for tile in self.tiles(pieces):
             sequence.run(tile, self.tile_size(len(tile.piece)))
+            read.append(tile.piece.tokens)
             on_tokens(len(tile.piece))
+        sequence.tokens = np.concatenate(read)
         return sequence
 
     def generate(
@@ -405,6 +429,7 @@ class Engine:
         seed: tuple[int, int] = (0, 0),
         max_tokens: int = 256,
         constraint: Constraint | None = None,
+        draft: NgramDraft | None = None,
     ) -> Iterator[Step]:
         """Chooses tokens after a context and a prompt, int32 [n].
 
@@ -418,6 +443,8 @@ class Engine:
             seed: what random draws depend on, besides the step: seed and index of the prompt.
             max_tokens: at least 1.
             constraint: which tokens may be chosen; it takes those that are.
+            draft: guesses them, for speed: they are the same as without, but where two tokens have the
+                same score to the last bits.
 
         Raises:
             GemtoolError: neither context nor prompt has a token, or the constraint allows none.
@@ -429,18 +456,7 @@ class Engine:
         with context.fork() as live:
             if len(prompt):
                 live.extend(prompt)
-            for count in range(max_tokens):
-                logits = live.logits
-                assert logits is not None
-                mask = None if constraint is None else constraint.mask()
-                token = sample(logits, sampling, (*seed, count), mask)
-                if constraint is not None:
-                    constraint.advance(token)
-                yield Step(token, logits)
-                if token in (END_TURN, EOD) or (constraint is not None and constraint.finished):
-                    return
-                if count + 1 < max_tokens:
-                    live.extend(np.array([token], np.int32))
+            yield from chosen(live, Chooser(sampling, seed, max_tokens, constraint), draft)
 
     def answer(
         self,
@@ -452,6 +468,10 @@ class Engine:
         started = time.perf_counter()
         question = prompt.tokens(self.vocab)
         constraint = None if prompt.grammar is None else self.constraints.begin(prompt.grammar)
+        draft = None
+        if prompt.draft:
+            before = np.empty(0, np.int32) if context is None else context.tokens
+            draft = NgramDraft(np.concatenate([before, question]))
         steps = self.generate(
             context,
             question,
@@ -459,6 +479,7 @@ class Engine:
             seed=(prompt.seed, prompt.index),
             max_tokens=prompt.max_tokens,
             constraint=constraint,
+            draft=draft,
         )
         stream, texts, finish = TextStream(prompt.stop), [], "length"
         tokens: list[int] = []
@@ -492,12 +513,14 @@ class Engine:
             cached=0 if context is None else context.length,
             seconds=time.perf_counter() - started,
             logprobs=logprobs,
+            drafted=0 if draft is None else draft.drafted,
+            accepted=0 if draft is None else draft.accepted,
         )
 
     def ask(self, context: Sequence | np.ndarray, text: str, **options: Any) -> str:
         """The answer to a question about a context, or about tokens int32 [n] that become one.
 
-        `options` are fields of `Prompt`: prefix, max_tokens, sampling, stop, grammar.
+        `options` are fields of `Prompt`: prefix, max_tokens, sampling, stop, grammar, draft.
         """
         if isinstance(context, np.ndarray):
             context = self.prefill(context)

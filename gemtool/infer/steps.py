@@ -155,6 +155,26 @@ def _scores_of(logits: jax.Array, targets: jax.Array, top: int) -> Scores:
     return Scores(own[:, 0], which.astype(jnp.int32), best - total)
 
 
+@partial(jax.jit, static_argnames=("config", "count"), donate_argnames="buffers")
+def each_scored_step(
+    params: Tree,
+    config: ModelConfig,
+    tokens: jax.Array,
+    soft: tuple[jax.Array, jax.Array] | None,
+    valid: jax.Array,
+    buffers: Buffers,
+    state: Cache,
+    count: int,
+) -> tuple[jax.Array, Buffers, Cache]:
+    """What `scored_step` does, with scores [count, V] after each of the last `count` real tokens; if
+    there are fewer, after these and as many that are not."""
+    x = _embedded(params, config, tokens, soft)
+    hidden, cache = transformer.step(params, config, x, join(config, buffers, state), valid)
+    first = jnp.maximum(valid - count, 0)
+    last = jax.lax.dynamic_slice_in_dim(constrain(hidden[0], None, None), first, count, axis=0)
+    return transformer.logits(params, config, last), *split(config, constrain_cache(config, cache))
+
+
 @partial(jax.jit, static_argnames="config", donate_argnames="buffers")
 def kv_step(
     params: Tree,

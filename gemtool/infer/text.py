@@ -9,6 +9,7 @@ import numpy as np
 
 from gemtool.control import END_TURN, MODEL, USER
 from gemtool.data.vocab import Vocab
+from gemtool.errors import UsageError
 from gemtool.infer.grammar import Grammar
 from gemtool.infer.sampling import Sampling
 
@@ -33,6 +34,14 @@ class Prompt:
     """Report the log-probabilities of so many best tokens at each step."""
     grammar: Grammar | None = None
     """What the answer must match; the prefix is no part of it."""
+    draft: bool = False
+    """Guess by n-grams what comes next, for speed."""
+
+    def __post_init__(self) -> None:
+        if self.draft and self.sampling.temperature > 0:
+            raise UsageError(
+                f"temperature is {self.sampling.temperature}; with --draft it must be 0"
+            )
 
     def tokens(self, vocab: Vocab) -> np.ndarray:
         """int32 [n]: `<user>` text `<end_turn>` `<model>` prefix; raw, text and prefix alone."""
