@@ -165,7 +165,11 @@ def prefill(
         pg = None if no_pg else spans.header.pg
         number = tokens = 0
         with (
-            _opened(engine, output, force=force, resume=resume) as (sink, left, keep),
+            _opened(engine, output, force=force, resume=resume, can_resume=logprobs is None) as (
+                sink,
+                left,
+                keep,
+            ),
             log.progress("prefill", total=total, unit="tokens") as bar,
         ):
             before = 0 if base is None else base.sequence.length
@@ -194,14 +198,14 @@ def prefill(
 
 @contextlib.contextmanager
 def _opened(
-    engine: Engine, output: str | None, *, force: bool, resume: bool
+    engine: Engine, output: str | None, *, force: bool, resume: bool, can_resume: bool
 ) -> Iterator[tuple[BinaryIO, Left, Callable[[], None]]]:
     """The output, what is left in it of a run before, and what to call when an interruption shall leave
-    what is written."""
+    what is written, if it could be gone on with."""
     from gemtool.infer.resume import Left, read_left
     from gemtool.stream.files import is_resumable, open_output, resumable_output
 
-    if not is_resumable(output):
+    if not (can_resume and is_resumable(output)):
         with open_output(output, force=force) as sink:
             yield sink, Left(), lambda: None
         return
