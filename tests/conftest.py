@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import hypothesis
@@ -37,6 +38,18 @@ hypothesis.settings.register_profile("shared-machine", deadline=None, database=N
 hypothesis.settings.load_profile("shared-machine")
 
 Command = Callable[..., subprocess.CompletedProcess[bytes]]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def released_programs() -> Iterator[None]:
+    """Lets go of what a module compiled: a process may map 65,530 areas of memory, and each program
+    takes some. Beyond that the compiler crashes."""
+    yield
+    if "jax" in sys.modules:
+        import jax
+
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture
