@@ -169,7 +169,7 @@ def test_what_an_index_and_negatives_do_is_the_same_on_a_mesh(text: str) -> None
     def objective(params: Any, batch: Batch) -> Any:
         hidden, summary = forward(params, config, batch, negatives=negatives, learn_index=True)
         index = summary["index"]
-        return (hidden**2).mean() + index["index_loss"], (hidden, index)
+        return (hidden**2).mean() + index["loss"].sum() / index["weight"].sum(), (hidden, index)
 
     step = jax.jit(jax.value_and_grad(objective, has_aux=True))
     (_, outputs), gradients = step(params, batch)
