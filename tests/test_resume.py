@@ -97,7 +97,10 @@ def go_on(
 
 
 @pytest.mark.usefixtures("often")
-@pytest.mark.parametrize("share", [0.0, 0.001, 0.2, 0.34, 0.45, 0.6, 0.75, 0.93, 1.0])
+@pytest.mark.parametrize(
+    "share",
+    [0.001, 0.55, 0.93, *(pytest.param(x, marks=pytest.mark.slow) for x in (0, 0.2, 0.34, 0.7, 1))],
+)
 def test_goes_on_to_the_bit(engine: Engine, tmp_path: Path, share: float) -> None:
     """Wherever the file was cut: in a header, a block, a state, between contexts or in the second."""
     documents = [long_document(), text_document("b", text_tokens(BLOCK + 900, 5))[:1]]
@@ -163,7 +166,10 @@ def long_input(path: Path, vocab: Vocab) -> Path:
     return spans_file(path, document, vocab.fingerprint)
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGKILL, signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)],
+)
 def test_killed_and_resumed(
     gemtool: Command, folder: Path, vocab: Vocab, tmp_path: Path, number: signal.Signals,
     tmp_path_factory: pytest.TempPathFactory,
