@@ -181,6 +181,24 @@ def test_chat_in_a_terminal(compiled: dict[str, str], folder: Path, tmp_path: Pa
     assert seen.count(b"> ") == 2
 
 
+def test_answers_in_a_pipe_are_answers_alone(
+    compiled: dict[str, str], folder: Path, tmp_path: Path
+) -> None:
+    """What is said comes from a terminal, and nothing is asked for among the answers."""
+    ours, theirs = pty.openpty()
+    os.write(ours, b"Hello\n\x04")
+    command = ["decode", "--ckpt", str(folder), "--chat", "--max-tokens", "3"]
+    done = subprocess.run(
+        [sys.executable, "-m", "gemtool", *command],
+        stdin=theirs, capture_output=True, cwd=tmp_path, timeout=120,
+        env={**command_environment(), "PYTHONPATH": str(ROOT), **compiled},
+    )  # fmt: skip
+    os.close(theirs)
+    os.close(ours)
+    assert done.returncode == 0
+    assert [row["id"] for row in rows(done)] == ["0"]
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [

@@ -174,7 +174,7 @@ def decode(
             "--save keeps one conversation, --prompts asks each by itself; use one of them"
         )
     if chat:
-        _require_chat(prompt, prompt_file, prompts, cache, as_text, output)
+        _require_chat(prompt, prompt_file, prompts, cache, output)
     source = None if chat else _source(prompt, prompt_file, prompts, cache)
     if prompt == "" and not (raw and cache):
         raise UsageError("--prompt is empty; give a question, or with --cache and --raw go on")
@@ -301,7 +301,6 @@ def _require_chat(
     prompt_file: str | None,
     prompts: str | None,
     cache: str | None,
-    as_text: bool,
     output: str | None,
 ) -> None:
     given = {"--prompt": prompt, "--prompt-file": prompt_file, "--prompts": prompts, "-o": output}
@@ -318,7 +317,8 @@ def _lines(default: Prompt) -> Iterator[Prompt]:
     """What is said on standard input, a line a turn; empty lines say nothing."""
     from dataclasses import replace
 
-    asks = sys.stdin.isatty()
+    # Where answers go through a pipe, "> " would be among them.
+    asks = sys.stdin.isatty() and sys.stdout.isatty()
     if asks:
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401 (input() edits lines with it)
