@@ -136,6 +136,7 @@ class Interrupted:
             [sys.executable, "-m", "gemtool", *map(str, arguments(workshop, run, *more))],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
+            bufsize=0,  # what a buffer of lines has read ahead, communicate() would not return
             env={**command_environment(), **environment(workshop)},
         )
         lines = []
