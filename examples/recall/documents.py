@@ -120,12 +120,16 @@ def document(
     def hide(sentence: str) -> None:
         chosen.insert(int(rng.integers(len(chosen) + 1)), sentence)
 
-    for name, number in hidden:
+    first = rng.random() < 0.2
+    for name, number in hidden[first:]:
         hide(needle.format(city=name, number=number))
     for _ in range(needles // 2):
         # Of a name that is asked for, or of one that is not there.
         name = names[int(rng.integers(needles + 1))]
         hide(str(rng.choice(NEAR_MISSES)).format(city=name, number=rng.integers(low, high)))
+    if first:  # where nothing goes before it
+        name, number = hidden[0]
+        chosen.insert(0, needle.format(city=name, number=number))
     order = [hidden[i] for i in rng.permutation(needles)]
     if rng.random() < 0.1:
         order.insert(
