@@ -39,8 +39,8 @@ VARIANTS: dict[str, tuple[str, list[tuple[str, str]]]] = {
     "conv4": ("a convolution of 4 tokens", [("qk_conv = 16", "qk_conv = 4")]),
     "negatives": ("no keys of other sequences", [("negatives = 2", "negatives = 0")]),
     "sticky": ("a query scores blocks by itself alone", [("sticky = 8", "sticky = 1")]),
-    "landmarks4": ("4 landmarks a block, not 8", [("landmarks = 8", "landmarks = 4")]),
-    "landmarks1": ("1 landmark a block", [("landmarks = 8", "landmarks = 1")]),
+    "landmarks8": ("8 landmarks a block, not 4", [("landmarks = 4", "landmarks = 8")]),
+    "landmarks1": ("1 landmark a block", [("landmarks = 4", "landmarks = 1")]),
     "block32": (
         "blocks of 32 tokens, not 64; twice as many chosen",
         [
