@@ -21,6 +21,7 @@ from gemtool.data.settings import MediaSettings
 from gemtool.data.sharding import create_shards
 from gemtool.data.vocab import Vocab, train_vocab
 from gemtool.errors import GemtoolError, UsageError
+from gemtool.model.params import flatten, is_balance_bias
 from gemtool.stream.spans import Header, Span
 from gemtool.train.extend import extend_params
 from gemtool.train.loop import TrainOptions, train
@@ -434,6 +435,43 @@ def test_init_starts_from_other_weights(gemtool, monkeypatch, workshop, whole, t
     assert "media settings" in refused(monkeypatch, workshop, tmp_path / "new", **new)[0]
 
 
+def test_init_with_a_model_that_has_more(gemtool, monkeypatch, workshop, whole, tmp_path):
+    """What the checkpoint has begins as it is there, the rest afresh."""
+    encoder = """
+[encoders.visual]
+tokens = 256
+features = 588
+width = 16
+hidden = 16
+"""
+    (tmp_path / "seeing.toml").write_text(MODEL + encoder)
+    gemtool(
+        *("train", "--data", workshop / "shards", "--init", whole[1], "--vocab"),
+        *(workshop / "vocab.model", "--model", "seeing.toml", "--steps", 1, "--lr", 0),
+        *("--ckpt", "next"),
+        env=environment(workshop),
+    )
+    before = flatten(open_checkpoint(whole[1]).load_params())
+    after = flatten(open_checkpoint(tmp_path / "next").load_params())
+    new = after.keys() - before.keys()
+    assert new
+    assert all(path.startswith("encoders/visual/") for path in new)
+    assert any(np.std(np.asarray(after[path])) > 0 for path in new)
+    for path in before.keys() - {p for p in before if is_balance_bias(p)}:
+        np.testing.assert_array_equal(after[path], before[path], path)
+
+    wider = tmp_path / "wider.toml"
+    wider.write_text(MODEL.replace("d_ff = ", "d_ff = 1"))
+    less = tmp_path / "less.toml"
+    less.write_text(MODEL.replace("sink = true", "sink = false"))
+    for model, message in (
+        (wider, "layers/0/mlp/down is [48, 32], in the model"),
+        (less, "is not in the model"),
+    ):
+        new = {"model": str(model), "init": str(whole[1])}
+        assert message in refused(monkeypatch, workshop, tmp_path / "new", **new)[0]
+
+
 def test_init_with_an_extended_vocabulary(gemtool, monkeypatch, workshop, whole, tmp_path):
     """New rows are the means of the rows that spelled the new pieces; the old ones stay."""
     old = Vocab.load(workshop / "vocab.model")
@@ -478,8 +516,7 @@ def test_init_with_an_extended_vocabulary(gemtool, monkeypatch, workshop, whole,
         ({"model": "pro"}, "pro: to train its 22", 2),
         ({"batch": 10**9}, "--batch 1000000000: a step of so many sequences of 32 takes more", 2),
         ({"resume": True, "force": True}, "--resume", 2),
-        ({"init": "nowhere"}, "--model", 2),
-        ({"init": "nowhere", "model": None}, "nowhere", 1),
+        ({"init": "nowhere"}, "nowhere", 1),
         ({"eval": "nowhere"}, "nowhere", 1),
         ({"eval": "{empty}"}, "holds no sequences", 1),
     ],

@@ -61,7 +61,12 @@ def train(
     ] = None,
     init: Annotated[
         str | None,
-        typer.Option("--init", metavar="CKPT", help="Begin with the model of a checkpoint."),
+        typer.Option(
+            "--init",
+            metavar="CKPT",
+            help="Begin with the model of a checkpoint; with --model, which has all of it, the rest "
+            "of that is fresh.",
+        ),
     ] = None,
     vocab: Annotated[
         str | None,

@@ -1,14 +1,17 @@
-"""A model for a vocabulary that has more pieces than the one it was trained with."""
+"""A model that begins as a trained one: with more pieces in its vocabulary, or with more parts."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
+import jax
 import numpy as np
 
 from gemtool.data.vocab import Vocab
+from gemtool.errors import GemtoolError
 from gemtool.model.config import ModelConfig
-from gemtool.model.params import Tree, flatten, param_specs, unflatten
+from gemtool.model.params import Tree, flatten, init_params, param_specs, unflatten
 
 
 def extend_params(params: Tree, config: ModelConfig, old: Vocab, new: Vocab) -> Tree:
@@ -30,3 +33,26 @@ def extend_params(params: Tree, config: ModelConfig, old: Vocab, new: Vocab) -> 
         for path, value in flatten(params).items()
     }
     return unflatten(grown)
+
+
+def require_parts_of(path: str, old: ModelConfig, new: ModelConfig) -> None:
+    """Refuses a model `new` that lacks a parameter of that of a checkpoint at `path`, the size of the
+    vocabulary aside.
+
+    Raises:
+        GemtoolError: naming the first parameter that is missing or of another shape.
+    """
+    old = replace(old, vocab_size=new.vocab_size)
+    there = flatten(param_specs(new))
+    for name, spec in flatten(param_specs(old)).items():
+        if name not in there:
+            raise GemtoolError(f"{path}: its parameter {name} is not in the model {new.name}")
+        if there[name].shape != spec.shape:
+            shapes = f"{list(spec.shape)}, in the model {new.name} {list(there[name].shape)}"
+            raise GemtoolError(f"{path}: its parameter {name} is {shapes}")
+
+
+def add_params(params: Tree, config: ModelConfig, seed: int) -> Tree:
+    """Parameters of a model of `config` that has all of these; the others, an encoder or an index
+    perhaps, are fresh."""
+    return unflatten(flatten(init_params(config, jax.random.key(seed))) | flatten(params))

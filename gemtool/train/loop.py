@@ -32,7 +32,7 @@ from gemtool.runtime import memory_size, setup_jax
 from gemtool.stream.files import printable
 from gemtool.stream.header import provenance
 from gemtool.train.evaluation import Evaluation
-from gemtool.train.extend import extend_params
+from gemtool.train.extend import add_params, extend_params, require_parts_of
 from gemtool.train.loader import Loader, open_data, require_match
 from gemtool.train.optimizer import default_peak, default_warmup, make_optimizer
 from gemtool.train.parts import INDEX, TRUNK, split
@@ -93,8 +93,6 @@ def train(options: TrainOptions, emit: Callable[[Row], None]) -> None:
         SystemExit: on SIGINT, SIGTERM and SIGHUP, after the step was saved.
     """
     require_parts(options.batch, options.accumulate)
-    if options.model and options.init:
-        raise UsageError("--init brings its own model; leave out --model")
     for name in ("steps", "lr", "warmup"):
         if options.stages is not None and getattr(options, name) is not None:
             raise UsageError(f"--{name} goes without --stages: each stage has its own in the file")
@@ -208,6 +206,9 @@ class _Run:
                     f"{initial.path}: its media settings are {own}, those of the shards {other}"
                 )
             config = replace(initial.config, vocab_size=self.vocab.size)
+            if options.model is not None:
+                config = self._fitted(options.model)
+                require_parts_of(str(initial.path), initial.config, config)
         elif self.record is not None:
             config = ModelConfig.from_dict(self.record["settings"]["model"])
             if options.model is not None and config != self._fitted(options.model):
@@ -330,6 +331,8 @@ class _Run:
             params = self.initial.load_params()
             if self.vocab.size > self.initial.vocab.size:
                 params = extend_params(params, self.initial.config, self.initial.vocab, self.vocab)
+            if self.options.model is not None:
+                params = add_params(params, self.config, self.options.seed)
         stacked = self.execution.stacked
         part = stage_of(self.stages, max(self.start, 1))[0].train
         if self.record is None:
@@ -375,7 +378,8 @@ class _Run:
             + (f", from step {self.start:,}" if self.start else "")
             + "; the first step takes longer, as it is compiled"
         )
-        learns = self.initial is not None or any(stage.train == INDEX for stage in self.stages)
+        had = self.initial is not None and self.initial.config.has_index
+        learns = had or any(stage.train == INDEX for stage in self.stages)
         if self.config.has_index and not learns:
             log.warning(
                 "the index of this model is not trained in this run: beyond what it attends to anyway "
