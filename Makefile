@@ -71,9 +71,17 @@ format: $(READY) ## Format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(READY) ## Benchmarks, each as a ratio to a limit measured in the same run
-	$(BIN)/python bench
+bench: $(VENV)-peers/.ready ## Benchmarks, each as a ratio to a limit or a peer measured in the same run
+	$(VENV)-peers/bin/python bench
+
+# The peers are large, and llama.cpp is built here: for this machine, with cmake and a compiler.
+$(VENV)-peers/.ready: pyproject.toml
+	$(PYTHON) -m venv $(VENV)-peers
+	$(VENV)-peers/bin/python -m pip install --quiet --upgrade pip
+	CMAKE_BUILD_PARALLEL_LEVEL=$${CMAKE_BUILD_PARALLEL_LEVEL:-2} $(VENV)-peers/bin/python -m pip install \
+	  --quiet --no-binary llama-cpp-python --editable '.[test,parity,peers]'
+	touch $@
 
 clean: ## Remove what the other targets made
-	rm -rf $(VENV) $(VENV)-ray $(VENV)-tpu build dist .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-ray $(VENV)-tpu $(VENV)-peers build dist .mypy_cache .ruff_cache
 	$(MAKE) -C examples/demo clean
