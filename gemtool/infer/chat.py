@@ -31,8 +31,8 @@ class Conversation:
 
     def turns(
         self, prompts: Iterable[Prompt], on_text: Callable[[str], None] | None = None
-    ) -> Iterator[Answer]:
-        """Answers prompts one after the other, each with all before it; `on_text` as in
+    ) -> Iterator[tuple[Prompt, Answer]]:
+        """Prompts with their answers, one after the other, each with all before it; `on_text` as in
         `Engine.answer`."""
         base = self._engine.begin() if self._base is None else self._base.sequence
         with base.fork() as live:
@@ -42,7 +42,7 @@ class Conversation:
                 live.extend(turn)
                 live.tokens = np.concatenate([live.tokens, turn])
                 self.tokens = np.concatenate([self.tokens, turn])
-                yield answer
+                yield prompt, answer
 
     def save(self, sink: BinaryIO, pg: tuple[Any, ...] | None = ()) -> dict[str, Any]:
         """Writes the context with all turns, and returns its footer; `pg` as in `write_context`."""
