@@ -9,64 +9,23 @@ import errno
 import io
 import os
 import resource
-import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from gemtool import cli
 from gemtool.checkpoint import open_checkpoint
 from gemtool.data.vocab import Vocab
 from gemtool.infer.contexts import open_base
 from gemtool.infer.engine import Engine
 from gemtool.stream.context import BLOCK, ContextHeader, ContextWriter, open_contexts
 from gemtool.stream.files import open_output, resumable_output
+from tests.conftest import Done, Verb
 from tests.test_append import text, write
 from tests.test_prefill_decode import make_engine, spans_file, text_tokens, tiny
-
-
-@dataclass
-class Done:
-    """A verb that has ended."""
-
-    code: int
-    out: bytes
-    err: str
-
-
-Verb = Callable[..., Done]
-
-
-class Kept(io.BytesIO):
-    """What was written can be read behind `close`."""
-
-    def close(self) -> None:
-        """Keeps everything."""
-
-
-@pytest.fixture
-def verb(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Verb:
-    """Runs a verb in this process, which has compiled its programs, in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("gemtool.runtime.setup_jax", lambda: None)
-    monkeypatch.setattr("gemtool.cmd.exits._abandon_stdout", lambda: None)
-
-    def run(*arguments: object, stdin: bytes = b"", stdout: Any = None) -> Done:
-        out, err = Kept(), io.StringIO()
-        with monkeypatch.context() as patch:
-            patch.setattr(sys, "argv", ["gemtool", *map(str, arguments)])
-            patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
-            patch.setattr(sys, "stdout", io.TextIOWrapper(stdout or out))
-            patch.setattr(sys, "stderr", err)
-            with pytest.raises(SystemExit) as end:
-                cli.main()
-        return Done(int(end.value.code or 0), out.getvalue(), err.getvalue())
-
-    return run
 
 
 @pytest.fixture(scope="module")

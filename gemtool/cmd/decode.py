@@ -74,7 +74,8 @@ def decode(
             "--prompts",
             metavar="FILE.jsonl",
             help="Many prompts, an object a line: prompt, and if wanted id, doc, prefix, "
-            "max_tokens, stop, seed, temperature, top_k, top_p, min_p, json_schema, regex, grammar.",
+            "max_tokens, stop, seed, temperature, top_k, top_p, min_p, json_schema, regex, grammar, "
+            "media.",
         ),
     ] = None,
     max_tokens: Annotated[
@@ -121,6 +122,14 @@ def decode(
         typer.Option(
             "--draft",
             help="Guess what comes next from what went before: faster where answers repeat it.",
+        ),
+    ] = None,
+    media: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--media",
+            metavar="FILE",
+            help="Show an image, sound, a video, or a span stream before the prompt; repeat for more.",
         ),
     ] = None,
     raw: Annotated[
@@ -184,6 +193,7 @@ def decode(
 
     constraint = _grammar(json_schema, regex, grammar)
     from gemtool.checkpoint import open_checkpoint
+    from gemtool.infer.media import media_files
     from gemtool.infer.sampling import Sampling
     from gemtool.infer.text import Prompt
     from gemtool.runtime import setup_jax
@@ -199,6 +209,7 @@ def decode(
         logprobs=logprobs,
         grammar=constraint,
         draft=draft is not None,
+        media=media_files(media or []),
     )
     setup_jax()
     with (
@@ -305,14 +316,20 @@ def _requests(
     from dataclasses import replace
 
     from gemtool.infer.decode import Request, asks_nothing, read_requests
-    from gemtool.stream.files import display_name, open_input
+    from gemtool.stream.files import display_name, is_stdin, open_input
 
     if source is None:
         yield [Request("0", default)]
         return
     with open_input(source) as file:
         if prompts is not None:
-            found = read_requests(file, display_name(source), default, has_context=has_context)
+            found = read_requests(
+                file,
+                display_name(source),
+                default,
+                has_context=has_context,
+                folder=None if is_stdin(source) else Path(source).parent,
+            )
             yield list(found) if Path(source).is_file() else found
             return
         try:
@@ -346,7 +363,8 @@ def _require_chat(
 
 
 def _lines(default: Prompt) -> Iterator[Prompt]:
-    """What is said on standard input, a line a turn; empty lines say nothing."""
+    """What is said on standard input, a line a turn; empty lines say nothing. The first turn shows
+    the media."""
     from dataclasses import replace
 
     # Where answers go through a pipe, "> " would be among them.
@@ -365,7 +383,8 @@ def _lines(default: Prompt) -> Iterator[Prompt]:
         except UnicodeDecodeError:
             raise CorruptInput("<stdin>: not UTF-8 text") from None
         if line.strip():
-            yield replace(default, text=line, index=index)
+            shown = () if index else default.media
+            yield replace(default, text=line, index=index, media=shown)
             index += 1
 
 
