@@ -75,10 +75,20 @@ format: $(READY) ## Format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(READY) ## Benchmarks, each as a ratio to a limit measured in the same run
-	$(BIN)/python bench
+bench: $(VENV)-peers/.ready ## Benchmarks, each as a ratio to a limit or a peer measured in the same run
+	$(VENV)-peers/bin/python bench
+
+# The peers are large, and llama.cpp is built for this machine, without its media part, by cmake and a
+# compiler that must be there.
+$(VENV)-peers/.ready: pyproject.toml
+	$(PYTHON) -m venv $(VENV)-peers
+	$(VENV)-peers/bin/python -m pip install --quiet --upgrade pip
+	CMAKE_ARGS="-DLLAVA_BUILD=OFF $$CMAKE_ARGS" CMAKE_BUILD_PARALLEL_LEVEL=$${CMAKE_BUILD_PARALLEL_LEVEL:-2} \
+	  $(VENV)-peers/bin/python -m pip install --quiet --no-binary llama-cpp-python \
+	  --editable '.[test,parity,peers]'
+	touch $@
 
 clean: ## Remove what the other targets made
-	rm -rf $(VENV) $(VENV)-ray $(VENV)-tpu build dist .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-ray $(VENV)-tpu $(VENV)-peers build dist .mypy_cache .ruff_cache
 	$(MAKE) -C examples/demo clean
 	$(MAKE) -C examples/long clean

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -47,6 +47,7 @@ class Cost:
 
 
 Action = Callable[[], Cost]
+Clock = Literal["cpu", "wall"]
 
 
 def keep_to_one_core() -> None:
@@ -59,6 +60,11 @@ def keep_to_one_core() -> None:
 def call(function: Callable[[], object]) -> Cost:
     """The cost of a function in this process."""
     return _measured(resource.RUSAGE_SELF, function)
+
+
+def processes(function: Callable[[], object]) -> Cost:
+    """The cost of processes that a function starts and waits for."""
+    return _measured(resource.RUSAGE_CHILDREN, function)
 
 
 def shell(command: str, folder: Path) -> Cost:
@@ -74,7 +80,7 @@ def shell(command: str, folder: Path) -> Cost:
     def run() -> None:
         subprocess.run(["bash", "-c", script], check=True, cwd=folder, env=environment)
 
-    return _measured(resource.RUSAGE_CHILDREN, run)
+    return processes(run)
 
 
 class OwnProcess:
@@ -139,39 +145,57 @@ def compare(
     repeats: int,
     unit: str = "s",
     work: tuple[float, float] | None = None,
-    clock: Literal["cpu", "wall"] = "cpu",
+    clock: Clock = "cpu",
     warm_up: bool = True,
 ) -> Row:
-    """Runs both in turns, which begin with either one alternately.
+    """Runs both in turns, as `in_turns`, and says how they compare, as `row_of`."""
+    mine, theirs = in_turns([ours, peer], repeats, warm_up=warm_up)
+    return row_of(what, mine, theirs, unit=unit, work=work, clock=clock)
+
+
+def in_turns(actions: Sequence[Action], repeats: int, *, warm_up: bool = True) -> list[list[Cost]]:
+    """The costs of each of some actions, which run one after the other, so often, and begin with
+    the first and with the last alternately; with `warm_up` after a turn that does not count."""
+    if warm_up:
+        for action in actions:
+            action()
+    costs: list[list[Cost]] = [[] for _ in actions]
+    for turn in range(repeats):
+        order = list(zip(actions, costs, strict=True))
+        for action, own in order if turn % 2 else reversed(order):
+            own.append(action())
+    return costs
+
+
+def row_of(
+    what: str,
+    ours: Sequence[Cost],
+    peer: Sequence[Cost],
+    *,
+    unit: str = "s",
+    work: tuple[float, float] | None = None,
+    clock: Clock = "cpu",
+) -> Row:
+    """A row of what both took, turn by turn.
 
     Args:
         what: the row's name.
-        ours, peer: the two.
-        repeats: turns.
+        ours, peer: the costs of the two.
         unit: of `ours` and `peer` in the row.
         work: what each does in a turn, in units times seconds; the row then has rates.
         clock: which seconds count.
-        warm_up: begin with a turn that does not count.
 
     Returns:
         A row: medians of `ours` and `peer`, the median `ratio` and its least and greatest value,
         and the median ratio by the clock (`wall`), where others on the machine count as well.
     """
-    if warm_up:
-        ours(), peer()
-    mine: list[Cost] = []
-    theirs: list[Cost] = []
-    for turn in range(repeats):
-        order = [(ours, mine), (peer, theirs)]
-        for action, costs in order if turn % 2 else reversed(order):
-            costs.append(action())
     share = work[0] / work[1] if work else 1.0
 
     def ratios(kind: str) -> list[float]:
-        pairs = zip(mine, theirs, strict=True)
+        pairs = zip(ours, peer, strict=True)
         return [share * getattr(b, kind) / getattr(a, kind) for a, b in pairs]
 
-    def shown(costs: list[Cost], amount: float) -> float:
+    def shown(costs: Sequence[Cost], amount: float) -> float:
         seconds = statistics.median(getattr(cost, clock) for cost in costs)
         return amount / seconds if work else seconds
 
@@ -179,13 +203,13 @@ def compare(
     return {
         "what": what,
         "unit": unit,
-        "ours": shown(mine, work[0] if work else 0),
-        "peer": shown(theirs, work[1] if work else 0),
+        "ours": shown(ours, work[0] if work else 0),
+        "peer": shown(peer, work[1] if work else 0),
         "ratio": statistics.median(found),
         "spread": [min(found), max(found)],
         "wall": statistics.median(ratios("wall")),
         "clock": clock,
-        "repeats": repeats,
+        "repeats": len(ours),
     }
 
 
@@ -193,8 +217,9 @@ def line(row: Row) -> str:
     """A row for a person."""
     low, high = row["spread"]
     spread = f"{low:.2f}..{high:.2f}"
+    ours, peer = (f"{x:9.{2 if x >= 1 else 4}f}" for x in (row["ours"], row["peer"]))
     return (
-        f"{row['ours']:9.2f} {row['peer']:9.2f} {row['unit']:12} {row['ratio']:6.2f}  "
+        f"{ours} {peer} {row['unit']:12} {row['ratio']:6.2f}  "
         f"{spread:12} {row['wall']:5.2f}  {row['what']}"
     )
 

@@ -24,6 +24,7 @@ from typing import Any, cast
 
 import numpy as np
 from measure import OwnProcess, Row, call, compare, keep_to_one_core, report
+from peers import Transformers
 from prefill import operations
 
 from gemtool.model.config import LayerKind, ModelConfig, MoEConfig, load_preset
@@ -115,12 +116,11 @@ def random_model(settings: dict[str, Any]) -> Any:
     return transformers.Qwen3MoeForCausalLM(config).float().eval()
 
 
-class Peer:
+class Peer(Transformers):
     """A model of transformers that reads, continues and learns tokens int32 [n]."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
-        self.model = random_model(settings)
-        self.cache: Any = None
+        super().__init__(random_model(settings))
         self.optimizer: Any = None
 
     def fastest(self, method: str, *given: Any) -> str:
@@ -133,26 +133,6 @@ class Peer:
         best = min(seconds, key=lambda name: seconds[name])
         self.model.set_experts_implementation(best)
         return best
-
-    def prefill(self, tokens: np.ndarray) -> np.ndarray:
-        """Reads tokens; the last one's logits float32 [V]."""
-        self.cache = None
-        return self._run(tokens)
-
-    def decode(self, tokens: np.ndarray) -> list[np.ndarray]:
-        """After what was read, each token by itself; their logits. The cache is then as before."""
-        found = [self._run(token[None]) for token in tokens]
-        self.cache.crop(-len(tokens))
-        return found
-
-    def _run(self, tokens: np.ndarray) -> np.ndarray:
-        import torch
-
-        with torch.inference_mode():
-            ids = torch.from_numpy(tokens[None].astype(np.int64))
-            out = self.model(ids, cache=self.cache, use_cache=True, logits_to_keep=1)
-            self.cache = out.cache
-            return out.logits[0, -1].numpy()
 
     def gradients(self, tokens: np.ndarray) -> float:
         """Those of a batch [B, T], and its loss."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import json
 from collections.abc import Iterable
 
@@ -32,6 +33,12 @@ class CorruptInput(GemtoolError):
 def reason(problem: OSError) -> str:
     """Why a system call failed, in the words of the system: "no such file or directory"."""
     return (problem.strerror or str(problem)).lower()
+
+
+def no_room(problem: OSError) -> bool:
+    """Whether something cannot be written for want of room: a full disk, a quota, a limit of sizes.
+    Reading never fails so."""
+    return problem.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def counted(number: int, what: str) -> str:

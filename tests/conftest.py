@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import gc
+import io
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -77,6 +80,48 @@ def gemtool(tmp_path: Path) -> Command:
             shown = done.stderr.decode(errors="replace")
             raise AssertionError(f"gemtool {arguments[0]} exited {done.returncode}: {shown}")
         return done
+
+    return run
+
+
+@dataclass
+class Done:
+    """A verb that has ended."""
+
+    code: int
+    out: bytes
+    err: str
+
+
+Verb = Callable[..., Done]
+
+
+class Kept(io.BytesIO):
+    """What was written can be read behind `close`."""
+
+    def close(self) -> None:
+        """Keeps everything."""
+
+
+@pytest.fixture
+def verb(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Verb:
+    """Runs a verb in this process, which has compiled its programs, in an empty folder."""
+    from gemtool import cli
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("gemtool.runtime.setup_jax", lambda: None)
+    monkeypatch.setattr("gemtool.cmd.exits._abandon_stdout", lambda: None)
+
+    def run(*arguments: object, stdin: bytes = b"", stdout: Any = None) -> Done:
+        out, err = Kept(), io.StringIO()
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "argv", ["gemtool", *map(str, arguments)])
+            patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+            patch.setattr(sys, "stdout", io.TextIOWrapper(stdout or out))
+            patch.setattr(sys, "stderr", err)
+            with pytest.raises(SystemExit) as end:
+                cli.main()
+        return Done(int(end.value.code or 0), out.getvalue(), err.getvalue())
 
     return run
 

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from gemtool.model.config import load_preset
@@ -91,6 +92,17 @@ def test_a_report_is_json_and_a_closed_pipe_is_quiet() -> None:
     assert process.returncode == 141
 
 
+def test_costs_of_turns_keep_their_order(measure: Any) -> None:
+    calls = []
+
+    def action(name: str) -> Any:
+        return lambda: calls.append(name) or len(calls)
+
+    costs = measure.in_turns([action("a"), action("b"), action("c")], 2, warm_up=False)
+    assert "".join(calls) == "cbaabc"
+    assert costs == [[3, 4], [2, 5], [1, 6]]
+
+
 def test_an_unknown_benchmark_is_named() -> None:
     done = subprocess.run([sys.executable, BENCH, "speed"], capture_output=True, text=True)
     assert done.returncode == 1
@@ -135,3 +147,41 @@ def test_models_are_compared_and_agree(
     assert rounded["difference"] > max(row["difference"] for row in exact)
     with pytest.raises(SystemExit, match=r"differ by 0\.5"):
         model.assert_close(1.0, 1.5)
+
+
+@pytest.mark.slow
+def test_contexts_are_compared_and_agree(
+    measure: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """With llama.cpp where it is installed, which `make bench` does in an environment of its own."""
+    for module in ("torch", "transformers"):
+        pytest.importorskip(module)
+    contexts, formats = map(importlib.import_module, ("contexts", "formats"))
+    monkeypatch.setattr(contexts, "FRESH", 1)
+    formats.write_model(formats.qwen3(2, 64, (2, 1), 96), tmp_path)
+    programs = contexts.programs(tmp_path, room=200)
+    rows = list(contexts.compared(programs, tmp_path, ((150, 1),)))
+    ours, *peers = programs
+    assert ours == "gemtool"
+    whats = ["prefill of 150", "decoding after 150", "saving 150", "loading 150"]
+    whats.append("a fresh process loading 150")
+    assert [row["what"] for row in rows] == [f"{w}, against {p}" for w in whats for p in peers]
+    assert all(row["ratio"] > 0 for row in rows)
+    differences = [row["difference"] for row in rows if "difference" in row]
+    assert len(differences) == 3 * len(peers)
+    assert all(0 < difference < contexts.TOLERANCE for difference in differences)
+    with pytest.raises(SystemExit, match=r"the scores of x differ by 0\.5"):
+        contexts.differences({"gemtool": [1.0, 2.0], "x": [1.5, 2.0]})
+
+
+def test_weights_have_the_names_of_llama_cpp(
+    measure: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gguf = pytest.importorskip("gguf")
+    formats = importlib.import_module("formats")
+    family = formats.qwen3(1, 64, (2, 1), 96)
+    weights = {"model.layers.0.self_attn.q_proj.weight": np.ones((128, 64), np.float32)}
+    weights["model.norm.weight"] = np.ones(64, np.float32)
+    formats.write_gguf(tmp_path / "a.gguf", family.theirs, weights, "float16")
+    found = {t.name: t.data.dtype.name for t in gguf.GGUFReader(tmp_path / "a.gguf").tensors}
+    assert found == {"blk.0.attn_q.weight": "float16", "output_norm.weight": "float32"}

@@ -78,7 +78,7 @@ def test_each_turn_sees_those_before(engine: Engine, tmp_path: Path, count: int)
         tokens = document(engine, tmp_path / "a.ctx", count)
         base = open_base(engine, str(tmp_path / "a.ctx"), str(tmp_path / "b.ctx"))
     talk = Conversation(engine, base)
-    found = [answer.tokens for answer in talk.turns([FIRST, SECOND])]
+    found = [answer.tokens for _, answer in talk.turns([FIRST, SECOND])]
     expected, whole = by_hand(engine, tokens)
     assert found == expected
     assert np.array_equal(talk.tokens, whole[count:])
@@ -101,9 +101,11 @@ def test_a_context_stays_as_it_is(engine: Engine, tmp_path: Path) -> None:
     base = open_base(engine, str(tmp_path / "a.ctx"), None)
     for _ in range(2):
         talk = Conversation(engine, base)
-        first = [answer.tokens for answer in talk.turns([FIRST, SECOND])]
+        first = [answer.tokens for _, answer in talk.turns([FIRST, SECOND])]
         assert base.sequence.length == 300
-    assert first == [answer.tokens for answer in Conversation(engine, base).turns([FIRST, SECOND])]
+    assert first == [
+        answer.tokens for _, answer in Conversation(engine, base).turns([FIRST, SECOND])
+    ]
 
 
 def test_save_from_turn_to_turn(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, BinaryIO
@@ -29,8 +29,11 @@ from gemtool.errors import CorruptInput, GemtoolError, NoInput, UsageError, reas
 
 if TYPE_CHECKING:
     from gemtool.infer.decode import Request
+    from gemtool.infer.engine import Answer, Engine
     from gemtool.infer.grammar import Grammar
     from gemtool.infer.text import Prompt
+
+OnText = Callable[[str], None]
 
 
 class AnswerFormat(StrEnum):
@@ -71,7 +74,8 @@ def decode(
             "--prompts",
             metavar="FILE.jsonl",
             help="Many prompts, an object a line: prompt, and if wanted id, doc, prefix, "
-            "max_tokens, stop, seed, temperature, top_k, top_p, min_p, json_schema, regex, grammar.",
+            "max_tokens, stop, seed, temperature, top_k, top_p, min_p, json_schema, regex, grammar, "
+            "media.",
         ),
     ] = None,
     max_tokens: Annotated[
@@ -118,6 +122,14 @@ def decode(
         typer.Option(
             "--draft",
             help="Guess what comes next from what went before: faster where answers repeat it.",
+        ),
+    ] = None,
+    media: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--media",
+            metavar="FILE",
+            help="Show an image, sound, a video, or a span stream before the prompt; repeat for more.",
         ),
     ] = None,
     raw: Annotated[
@@ -180,6 +192,8 @@ def decode(
         raise UsageError("--prompt is empty; give a question, or with --cache and --raw go on")
 
     constraint = _grammar(json_schema, regex, grammar)
+    from gemtool.checkpoint import open_checkpoint
+    from gemtool.infer.media import media_files
     from gemtool.infer.sampling import Sampling
     from gemtool.infer.text import Prompt
     from gemtool.runtime import setup_jax
@@ -195,6 +209,7 @@ def decode(
         logprobs=logprobs,
         grammar=constraint,
         draft=draft is not None,
+        media=media_files(media or []),
     )
     setup_jax()
     with (
@@ -202,11 +217,39 @@ def decode(
         open_output(output, force=force, binary=False) as sink,
         contextlib.nullcontext() if save is None else open_output(save, force=force) as kept,
     ):
+        from gemtool.infer.decode import answers, to_row
+        from gemtool.infer.engine import Engine
+        from gemtool.model.mesh import open_mesh
+
+        checkpoint = open_checkpoint(ckpt)
+        engine = Engine(checkpoint, mesh=open_mesh(mesh, checkpoint.config))
+        write = _writing(sink, output)
+        on_text = write if as_text else None
         if chat or kept is not None:
             said = _lines(default) if chat else (request.prompt for request in requests)
-            _converse(ckpt, mesh, cache, said, sink, as_text, (save, kept))
+            found = _conversation(engine, cache, said, save, kept, on_text)
         else:
-            _answer(ckpt, mesh, cache, requests, sink, as_text)
+            found = answers(engine, cache, requests, on_text)
+        for request, doc, answer in found:
+            row = to_row(request, doc, answer)
+            write("\n" if as_text else json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def _writing(sink: BinaryIO, output: str | None) -> OnText:
+    """Writes text to `sink`, which `output` names, so that a reader has it at once. What goes wrong is
+    told of it here: --save is open too."""
+    where = "<stdout>" if output in (None, "-") else f"{output}: cannot be written"
+
+    def write(text: str) -> None:
+        try:
+            sink.write(text.encode())
+            sink.flush()
+        except BrokenPipeError:
+            raise
+        except OSError as problem:
+            raise GemtoolError(f"{where}: {reason(problem)}") from None
+
+    return write
 
 
 def _grammar(json_schema: str | None, regex: str | None, grammar: str | None) -> Grammar | None:
@@ -273,14 +316,20 @@ def _requests(
     from dataclasses import replace
 
     from gemtool.infer.decode import Request, asks_nothing, read_requests
-    from gemtool.stream.files import display_name, open_input
+    from gemtool.stream.files import display_name, is_stdin, open_input
 
     if source is None:
         yield [Request("0", default)]
         return
     with open_input(source) as file:
         if prompts is not None:
-            found = read_requests(file, display_name(source), default, has_context=has_context)
+            found = read_requests(
+                file,
+                display_name(source),
+                default,
+                has_context=has_context,
+                folder=None if is_stdin(source) else Path(source).parent,
+            )
             yield list(found) if Path(source).is_file() else found
             return
         try:
@@ -314,7 +363,8 @@ def _require_chat(
 
 
 def _lines(default: Prompt) -> Iterator[Prompt]:
-    """What is said on standard input, a line a turn; empty lines say nothing."""
+    """What is said on standard input, a line a turn; empty lines say nothing. The first turn shows
+    the media."""
     from dataclasses import replace
 
     # Where answers go through a pipe, "> " would be among them.
@@ -333,73 +383,31 @@ def _lines(default: Prompt) -> Iterator[Prompt]:
         except UnicodeDecodeError:
             raise CorruptInput("<stdin>: not UTF-8 text") from None
         if line.strip():
-            yield replace(default, text=line, index=index)
+            shown = () if index else default.media
+            yield replace(default, text=line, index=index, media=shown)
             index += 1
 
 
-def _converse(
-    ckpt: str,
-    mesh: str | None,
+def _conversation(
+    engine: Engine,
     cache: str | None,
     prompts: Iterable[Prompt],
-    sink: BinaryIO,
-    as_text: bool,
-    kept: tuple[str | None, BinaryIO | None],
-) -> None:
-    """Answers prompts as the turns of one conversation, and saves it."""
-    from gemtool.checkpoint import open_checkpoint
+    save: str | None,
+    kept: BinaryIO | None,
+    on_text: OnText | None,
+) -> Iterator[tuple[Request, str | None, Answer]]:
+    """Prompts as the turns of one conversation, with document and answer as `answers` gives them; at
+    the end it is saved in `kept`, the file `save`."""
     from gemtool.infer.chat import Conversation
     from gemtool.infer.contexts import open_base
-    from gemtool.infer.decode import Request, to_row
-    from gemtool.infer.engine import Engine
-    from gemtool.model.mesh import open_mesh
+    from gemtool.infer.decode import Request
 
-    def write(text: str) -> None:
-        sink.write(text.encode())
-        sink.flush()
-
-    path, file = kept
-    checkpoint = open_checkpoint(ckpt)
-    engine = Engine(checkpoint, mesh=open_mesh(mesh, checkpoint.config))
-    base = None if cache is None else open_base(engine, cache, path)
+    base = None if cache is None else open_base(engine, cache, save)
+    doc = None if base is None else base.doc
     talk = Conversation(engine, base)
-    said: list[Prompt] = []
-
-    def saying() -> Iterator[Prompt]:
-        for prompt in prompts:
-            said.append(prompt)
-            yield prompt
-
-    for answer in talk.turns(saying(), write if as_text else None):
-        request = Request(str(len(said) - 1), said[-1])
-        row = to_row(request, None if base is None else base.doc, answer)
-        write("\n" if as_text else json.dumps(row, ensure_ascii=False) + "\n")
-    if file is not None:
+    for number, (prompt, answer) in enumerate(talk.turns(prompts, on_text)):
+        yield Request(str(number), prompt), doc, answer
+    if kept is not None:
         if not len(talk.tokens):
             raise GemtoolError("--save: nothing was said")
-        talk.save(file)
-
-
-def _answer(
-    ckpt: str,
-    mesh: str | None,
-    cache: str | None,
-    requests: Iterable[Request],
-    sink: BinaryIO,
-    as_text: bool,
-) -> None:
-    """Writes each answer as soon as it is there, and text while it is generated."""
-    from gemtool.checkpoint import open_checkpoint
-    from gemtool.infer.decode import answers, to_row
-    from gemtool.infer.engine import Engine
-    from gemtool.model.mesh import open_mesh
-
-    def write(text: str) -> None:
-        sink.write(text.encode())
-        sink.flush()
-
-    checkpoint = open_checkpoint(ckpt)
-    engine = Engine(checkpoint, mesh=open_mesh(mesh, checkpoint.config))
-    for request, doc, answer in answers(engine, cache, requests, write if as_text else None):
-        row = to_row(request, doc, answer)
-        write("\n" if as_text else json.dumps(row, ensure_ascii=False) + "\n")
+        talk.save(kept)

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import typer
 
 from gemtool import log
-from gemtool.errors import GemtoolError, NoInput, UsageError, reason
+from gemtool.errors import GemtoolError, NoInput, UsageError, no_room, reason
 
 
 def close_stdout() -> None:
@@ -55,7 +55,7 @@ def exit_codes(ctx: typer.Context | None = None) -> Iterator[None]:
     except OSError as problem:
         if problem.errno is None:
             raise
-        of_stdout = problem.errno in (errno.ENOSPC, errno.EBADF)
+        of_stdout = no_room(problem) or problem.errno == errno.EBADF
         where = problem.filename or ("<stdout>" if of_stdout else None)
         fail(GemtoolError(f"{where}: {reason(problem)}" if where else reason(problem)))
 

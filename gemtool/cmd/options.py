@@ -305,7 +305,7 @@ def require_known_variables(ctx: typer.Context) -> None:
             )
 
 
-_INPUTS = ("input", "inputs", "files_from", "cache", "prompts", "prompt_file", "grammar")
+_INPUTS = ("input", "inputs", "files_from", "cache", "prompts", "prompt_file", "grammar", "media")
 
 
 def require_sound_names(values: Mapping[str, Any]) -> None:

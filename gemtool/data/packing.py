@@ -7,7 +7,6 @@ shorter document, goes whole into the open sequence that it fills best. With 16 
 
 from __future__ import annotations
 
-import errno
 import math
 import tempfile
 from bisect import bisect_left
@@ -18,7 +17,7 @@ from typing import BinaryIO, Generic, TypeVar
 
 import numpy as np
 
-from gemtool.errors import GemtoolError
+from gemtool.errors import GemtoolError, no_room
 from gemtool.stream.spans import Span
 
 MEDIA_KINDS = frozenset({"image", "video", "audio"})
@@ -176,7 +175,7 @@ class WaitingRoom:
                     self._file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
             self._file.flush()  # a full disk shows here, not where other spans are read
         except OSError as problem:
-            if problem.errno != errno.ENOSPC:
+            if not no_room(problem):
                 raise
             raise GemtoolError(
                 f"{tempfile.gettempdir()}: no space left for the {self._end:,} bytes of spans that "

@@ -9,7 +9,6 @@ run leaves. What replaces a complete folder is written beside it first, and can 
 from __future__ import annotations
 
 import contextlib
-import errno
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +26,7 @@ from gemtool.data.manifest import (
 )
 from gemtool.data.pixels import RAW, PixelFormat
 from gemtool.data.shardfile import FILES, ShardFile, other_content
-from gemtool.errors import CorruptInput, GemtoolError, UsageError, reason
+from gemtool.errors import CorruptInput, GemtoolError, UsageError, no_room, reason
 from gemtool.stream.files import atomic_write, locked, sync_folder
 from gemtool.stream.folders import output_folder
 from gemtool.stream.header import Header
@@ -119,7 +118,7 @@ def create_shards(
                     raise other_content(folder, "it ends later")
                 writer.was_complete = True
         except OSError as problem:
-            if problem.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            if not no_room(problem):
                 raise
             raise GemtoolError(f"{folder}: cannot be written: {reason(problem)}") from None
 

@@ -28,32 +28,33 @@ class Conversation:
     def __init__(self, engine: Engine, base: Base | None = None) -> None:
         self._engine, self._base = engine, base
         self.tokens = np.empty(0, np.int32)
+        self._spans: list[Span] = []
 
     def turns(
         self, prompts: Iterable[Prompt], on_text: Callable[[str], None] | None = None
-    ) -> Iterator[Answer]:
-        """Answers prompts one after the other, each with all before it; `on_text` as in
+    ) -> Iterator[tuple[Prompt, Answer]]:
+        """Prompts with their answers, one after the other, each with all before it; `on_text` as in
         `Engine.answer`."""
         base = self._engine.begin() if self._base is None else self._base.sequence
         with base.fork() as live:
             for prompt in prompts:
-                answer = self._engine.answer(live, prompt, on_text)
-                turn = _turn(self._engine, prompt, answer)
-                live.extend(turn)
-                live.tokens = np.concatenate([live.tokens, turn])
-                self.tokens = np.concatenate([self.tokens, turn])
-                yield answer
+                spans = self._engine.spans(prompt)
+                answer = self._engine.answer(live, prompt, on_text, spans)
+                turn = [*spans, _said(prompt, answer)]
+                live.extend(self._engine.pieces(turn))
+                tokens = np.concatenate([span.tokens for span in turn])
+                live.tokens = np.concatenate([live.tokens, tokens])
+                self.tokens = np.concatenate([self.tokens, tokens])
+                self._spans += turn
+                yield prompt, answer
 
     def save(self, sink: BinaryIO, pg: tuple[Any, ...] | None = ()) -> dict[str, Any]:
         """Writes the context with all turns, and returns its footer; `pg` as in `write_context`."""
         doc = DOC if self._base is None else self._base.doc
-        spans = [Span(doc, 0, "text", self.tokens)]
-        return write_context(self._engine, doc, spans, sink, base=self._base, pg=pg)
+        return write_context(self._engine, doc, self._spans, sink, base=self._base, pg=pg)
 
 
-def _turn(engine: Engine, prompt: Prompt, answer: Answer) -> np.ndarray:
-    """The tokens int32 [n] of a question and its answer, which ends the model's turn however it was
-    ended; a raw text just goes on."""
+def _said(prompt: Prompt, answer: Answer) -> Span:
+    """An answer, which ends the model's turn however it was ended; a raw text just goes on."""
     end = [] if prompt.raw else [END_TURN]
-    parts = prompt.tokens(engine.vocab), answer.tokens, end
-    return np.concatenate([np.asarray(part, np.int32) for part in parts])
+    return Span("answer", 0, "text", np.array([*answer.tokens, *end], np.int32))

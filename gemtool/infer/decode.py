@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any, BinaryIO
 
 from gemtool.errors import CorruptInput, GemtoolError, did_you_mean, not_json
 from gemtool.infer.contexts import load_context
 from gemtool.infer.engine import Answer, Engine
 from gemtool.infer.grammar import KINDS, Grammar
+from gemtool.infer.media import media_files
 from gemtool.infer.sampling import Sampling
 from gemtool.infer.text import Prompt
 from gemtool.stream.context import context_documents, open_contexts
@@ -42,19 +44,27 @@ _FIELDS: dict[str, tuple[type, ...]] = {
     "json_schema": (dict, str),
     "regex": (str,),
     "grammar": (str,),
+    "media": (str, list),
 }
 
 
 def read_requests(
-    file: BinaryIO, name: str, default: Prompt, *, has_context: bool = False
+    file: BinaryIO,
+    name: str,
+    default: Prompt,
+    *,
+    has_context: bool = False,
+    folder: Path | None = None,
 ) -> Iterator[Request]:
     """Requests of JSONL, each when its line is there.
 
     Fields: `prompt`, and if wanted `id` (else the number of the line's object from 0), `doc`, and
     what overrides `default`: `prefix`, `max_tokens`, `stop`, `seed`, `temperature`, `top_k`,
-    `top_p`, `min_p`, and one of `json_schema`, `regex` and `grammar`.
+    `top_p`, `min_p`, one of `json_schema`, `regex` and `grammar`, and `media`, files whose names are
+    relative to `folder`.
 
     Raises:
+        GemtoolError: a file of media does not exist.
         CorruptInput: a line is not JSON, lacks the prompt, asks nothing, or has an unknown or
             mistyped field, or a grammar that is none.
     """
@@ -63,7 +73,7 @@ def read_requests(
         if not line.strip():
             continue
         try:
-            request = _request(json.loads(line), index, default)
+            request = _request(json.loads(line), index, default, folder or Path())
             if asks_nothing(request.prompt, has_context):
                 raise ValueError("'prompt' is empty; expected a question")
         except (json.JSONDecodeError, UnicodeDecodeError) as problem:
@@ -73,8 +83,17 @@ def read_requests(
             ) from None
         except (ValueError, RecursionError, GemtoolError) as problem:
             raise CorruptInput(f"{name}: line {number}: {problem}") from None
-        yield request
+        yield _with_files(request, f"{name}: line {number}")
         index += 1
+
+
+def _with_files(request: Request, where: str) -> Request:
+    """With the files of its media, which have to be there."""
+    try:
+        media = media_files(request.prompt.media)
+    except GemtoolError as problem:
+        raise GemtoolError(f"{where}: {problem}") from None
+    return replace(request, prompt=replace(request.prompt, media=media))
 
 
 def asks_nothing(prompt: Prompt, has_context: bool) -> bool:
@@ -82,7 +101,7 @@ def asks_nothing(prompt: Prompt, has_context: bool) -> bool:
     return not (has_context or prompt.text or prompt.prefix) if prompt.raw else not prompt.text
 
 
-def _request(row: Any, index: int, default: Prompt) -> Request:
+def _request(row: Any, index: int, default: Prompt, folder: Path) -> Request:
     if not isinstance(row, dict):
         raise ValueError('not a JSON object; expected one as {"prompt": "..."}')
     for key, value in row.items():
@@ -99,10 +118,9 @@ def _request(row: Any, index: int, default: Prompt) -> Request:
     if changes.get("seed", 0) < 0:
         raise ValueError("'seed' must not be negative")
     if "stop" in row:
-        stop = [row["stop"]] if isinstance(row["stop"], str) else row["stop"]
-        if not all(isinstance(text, str) for text in stop):
-            raise ValueError("'stop' must be a string or a list of strings")
-        changes["stop"] = tuple(stop)
+        changes["stop"] = _strings(row, "stop")
+    if "media" in row:
+        changes["media"] = tuple(str(folder / path) for path in _strings(row, "media"))
     grammars = [kind for kind in KINDS if kind in row]
     if len(grammars) > 1:
         raise ValueError(f"{' and '.join(map(repr, grammars))} exclude each other")
@@ -113,6 +131,13 @@ def _request(row: Any, index: int, default: Prompt) -> Request:
     identity = str(row.get("id", index))
     identity.encode()  # half of a surrogate pair could not be written again
     return Request(identity, prompt, row.get("doc"))
+
+
+def _strings(row: dict[str, Any], key: str) -> tuple[str, ...]:
+    found = [row[key]] if isinstance(row[key], str) else row[key]
+    if not all(isinstance(text, str) for text in found):
+        raise ValueError(f"{key!r} must be a string or a list of strings")
+    return tuple(found)
 
 
 def answers(

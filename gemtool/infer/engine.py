@@ -30,7 +30,8 @@ from gemtool.infer.draft import NgramDraft
 from gemtool.infer.generate import Chooser, Step, chosen
 from gemtool.infer.grammar import Constraint, Constraints
 from gemtool.infer.logprobs import Entries
-from gemtool.infer.pieces import Piece, Tile, pieces_of, soft_positions, tiles_of
+from gemtool.infer.media import read_media
+from gemtool.infer.pieces import Piece, Tile, pieces_of, soft_positions, tiles_of, tokens_of
 from gemtool.infer.sampling import Sampling, best, log_softmax
 from gemtool.infer.steps import (
     Buffers,
@@ -158,12 +159,14 @@ class Sequence:
         engine, valid = self._engine, np.int32(len(piece))
         return engine.params, engine.config, tokens, soft, valid, self._taken(), self._state
 
-    def extend(self, tokens: np.ndarray) -> None:
-        """Appends tokens int32 [n], a prompt or one that was just chosen."""
+    def extend(self, prompt: np.ndarray | list[Piece]) -> None:
+        """Appends tokens int32 [n], a prompt or one that was just chosen, or pieces."""
         engine, longest = self._engine, max(self._engine.chunk, PROMPT_TILE)
-        for tile in tiles_of([Piece(tokens)], longest, reach=engine.reach):
+        pieces = [Piece(prompt)] if isinstance(prompt, np.ndarray) else prompt
+        count = sum(map(len, pieces))
+        for tile in tiles_of(pieces, longest, reach=engine.reach):
             if len(tile.piece) <= PROMPT_TILE:
-                self.run(tile, 1 if len(tokens) == 1 else PROMPT_TILE)
+                self.run(tile, 1 if count == 1 else PROMPT_TILE)
             else:
                 self.run(tile, engine.tile_size(len(tile.piece)))
 
@@ -391,6 +394,14 @@ class Engine:
             soft = encode(self.params, self.config, kind, values, rows)
         return np.asarray(soft, np.float32)
 
+    def spans(self, prompt: Prompt) -> list[Span]:
+        """A prompt with the media that it shows; raises as `read_media`."""
+        return prompt.spans(self.vocab, read_media(prompt.media, self.checkpoint))
+
+    def pieces(self, spans: Iterable[Span]) -> list[Piece]:
+        """All pieces of spans, media encoded; raises as `pieces_of`."""
+        return list(pieces_of(spans, self.config, self.encode))
+
     def tiles(
         self, pieces: Iterable[Piece], boundary: int | None = None, start: int = 0
     ) -> Iterator[Tile]:
@@ -423,7 +434,7 @@ class Engine:
     def generate(
         self,
         context: Sequence | None,
-        prompt: np.ndarray,
+        prompt: np.ndarray | list[Piece],
         *,
         sampling: Sampling = Sampling(),  # noqa: B008 (immutable)
         seed: tuple[int, int] = (0, 0),
@@ -431,7 +442,7 @@ class Engine:
         constraint: Constraint | None = None,
         draft: NgramDraft | None = None,
     ) -> Iterator[Step]:
-        """Chooses tokens after a context and a prompt, int32 [n].
+        """Chooses tokens after a context and a prompt, int32 [n] or pieces.
 
         Ends after END_TURN or EOD, which are given too, when `constraint` is finished, or after
         `max_tokens`. The context is as before when the iterator has ended or is closed.
@@ -451,10 +462,11 @@ class Engine:
         """
         if context is None:
             context = self.begin()
-        if not len(prompt) and context.length == 0:
+        asked = prompt if isinstance(prompt, np.ndarray) else tokens_of(prompt)
+        if not len(asked) and context.length == 0:
             raise GemtoolError("nothing to continue: neither the context nor the prompt has tokens")
         with context.fork() as live:
-            if len(prompt):
+            if len(asked):
                 live.extend(prompt)
             yield from chosen(live, Chooser(sampling, seed, max_tokens, constraint), draft)
 
@@ -463,10 +475,13 @@ class Engine:
         context: Sequence | None,
         prompt: Prompt,
         on_text: Callable[[str], None] | None = None,
+        spans: list[Span] | None = None,
     ) -> Answer:
-        """Answers a prompt; `on_text` gets the text piece by piece as it becomes certain."""
+        """Answers a prompt; `on_text` gets the text piece by piece as it becomes certain. `spans` are
+        those of the prompt, where they are known."""
         started = time.perf_counter()
-        question = prompt.tokens(self.vocab)
+        pieces = self.pieces(self.spans(prompt) if spans is None else spans)
+        question = tokens_of(pieces)
         constraint = None if prompt.grammar is None else self.constraints.begin(prompt.grammar)
         draft = None
         if prompt.draft:
@@ -474,7 +489,7 @@ class Engine:
             draft = NgramDraft(np.concatenate([before, question]))
         steps = self.generate(
             context,
-            question,
+            pieces,
             sampling=prompt.sampling,
             seed=(prompt.seed, prompt.index),
             max_tokens=prompt.max_tokens,

@@ -47,6 +47,11 @@ class Piece:
         return Piece(self.tokens[:at], self.soft[:at]), Piece(self.tokens[at:], self.soft[at:])
 
 
+def tokens_of(pieces: Iterable[Piece]) -> np.ndarray:
+    """The tokens int32 [n] of all pieces."""
+    return np.concatenate([np.empty(0, np.int32), *(piece.tokens for piece in pieces)])
+
+
 @dataclass(frozen=True)
 class Tile:
     """Positions that run through the model in one step."""

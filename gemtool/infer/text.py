@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -12,6 +13,7 @@ from gemtool.data.vocab import Vocab
 from gemtool.errors import UsageError
 from gemtool.infer.grammar import Grammar
 from gemtool.infer.sampling import Sampling
+from gemtool.stream.spans import Span
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,8 @@ class Prompt:
     """What the answer must match; the prefix is no part of it."""
     draft: bool = False
     """Guess by n-grams what comes next, for speed."""
+    media: tuple[str, ...] = ()
+    """Files that are shown before the text (`gemtool.infer.media`)."""
 
     def __post_init__(self) -> None:
         if self.draft and self.sampling.temperature > 0:
@@ -44,11 +48,19 @@ class Prompt:
             )
 
     def tokens(self, vocab: Vocab) -> np.ndarray:
-        """int32 [n]: `<user>` text `<end_turn>` `<model>` prefix; raw, text and prefix alone."""
+        """int32 [n], media aside: `<user>` text `<end_turn>` `<model>` prefix; raw, text and prefix
+        alone."""
         if self.raw:
             return vocab.encode(self.text + self.prefix)
         turn = [USER], vocab.encode(self.text), [END_TURN, MODEL], vocab.encode(self.prefix)
         return np.concatenate([np.asarray(part, np.int32) for part in turn])
+
+    def spans(self, vocab: Vocab, media: Iterable[Span]) -> list[Span]:
+        """The tokens as spans, with those of media before the text."""
+        tokens, shown = self.tokens(vocab), list(media)
+        begin = 0 if self.raw else 1  # behind <user>
+        before, after = tokens[:begin], tokens[begin:]
+        return [Span("prompt", 0, "text", before), *shown, Span("prompt", 1, "text", after)]
 
 
 class TextStream:

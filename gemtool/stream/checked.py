@@ -31,6 +31,8 @@ _END = ARROW_MAGIC + bytes(4)
 
 _READ_STEP = 64 << 20
 
+_CUT = "truncated, or still being written"
+
 _STREAMS = {"spans": "span stream", "context": "context"}
 _MAKERS = {"spans": "`gemtool tokenize`", "context": "`gemtool prefill`"}
 
@@ -40,6 +42,10 @@ class Source:
 
     Pipes give short reads, and a damaged length must not allocate what it claims: `read` loops in
     bounded steps.
+
+    Attributes:
+        position: bytes that were read.
+        is_short: whether there were ever fewer bytes than asked for.
     """
 
     closed = False
@@ -48,6 +54,7 @@ class Source:
         self._file = file
         self._ahead = b""
         self.position = 0
+        self.is_short = False
 
     def read(self, size: int | None = -1) -> bytes:
         if size is None or size < 0:
@@ -66,6 +73,7 @@ class Source:
             missing -= len(piece)
         data = pieces[0] if len(pieces) == 1 else b"".join(pieces)
         self.position += len(data)
+        self.is_short |= missing > 0
         return data
 
     def readline(self, limit: int = -1) -> bytes:
@@ -259,7 +267,7 @@ class CheckedReader:
             self._reader = pa.ipc.open_stream(source)
             metadata = self._reader.schema.metadata or {}
         except (pa.ArrowException, OSError, ValueError, MemoryError) as problem:
-            raise self._damaged(f"no readable stream header ({_short(problem)})") from None
+            raise self._unreadable("the stream header", problem) from None
         if b"gemtool" not in metadata:
             raise CorruptInput(
                 f"{name}: an Arrow stream, but not one of gemtool's; make one with "
@@ -286,13 +294,10 @@ class CheckedReader:
                 batch, metadata = self._reader.read_next_batch_with_custom_metadata()
                 batch.validate()
             except StopIteration:
-                raise self._damaged(
-                    f"truncated: the stream ends after record batch {count - 1} without its footer"
-                    if count
-                    else "truncated: the stream ends without its footer"
-                ) from None
+                after = f" after record batch {count - 1}" if count else ""
+                raise self._damaged(f"{_CUT}: the stream ends{after} without its footer") from None
             except (pa.ArrowException, OSError, ValueError, MemoryError, IndexError) as problem:
-                raise self._damaged(f"{where} cannot be read ({_short(problem)})") from None
+                raise self._unreadable(where, problem) from None
             fields = dict(metadata) if metadata is not None else {}
             crc = fields.get(b"crc32", b"")
             encoded = fields.get(b"gemtool.footer")
@@ -329,6 +334,12 @@ class CheckedReader:
         if bytes(found) != _END:
             what = "truncated in" if _END.startswith(bytes(found)) else "something else than"
             raise self._damaged(f"{what} the end marker after the footer")
+
+    def _unreadable(self, what: str, problem: BaseException) -> CorruptInput:
+        """Of what Arrow cannot read, perhaps because the rest of it is missing."""
+        if self._source.is_short:
+            return self._damaged(f"{_CUT}: the input ends in {what}")
+        return self._damaged(f"{what} cannot be read ({_short(problem)})")
 
     def _damaged(self, what: str) -> CorruptInput:
         return CorruptInput(f"{self._name}: near byte {self._source.position:,}: {what}")

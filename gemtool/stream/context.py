@@ -399,6 +399,7 @@ class _MappedSource(Source):
         stop = len(self._view) if size is None or size < 0 else self._at + size
         data = self._view[self._at : stop]
         self._at += len(data)
+        self.is_short |= self._at < stop
         self.position = self._at - self._from
         return data
 
@@ -422,6 +423,7 @@ def open_contexts(path: str | None) -> Iterator[Iterator[ContextReader]]:
     The contexts come in order; parts that were not read are verified before the next one is given.
 
     Raises:
+        GemtoolError: the file cannot be read.
         CorruptInput: at once or while reading: empty, damaged, truncated or not a context.
     """
     name = display_name(path)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import os
 import re
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from gemtool import log
-from gemtool.errors import GemtoolError, NoInput, UsageError, reason
+from gemtool.errors import GemtoolError, NoInput, UsageError, no_room, reason
 from gemtool.signals import removed_on_signal
 
 LOCK = ".gemtool-lock"
@@ -57,7 +56,7 @@ def open_input(path: str | None) -> Iterator[BinaryIO]:
 
     Raises:
         NoInput: stdin is a terminal.
-        GemtoolError: the file cannot be read.
+        GemtoolError: the file cannot be read, or is not finished.
     """
     if is_stdin(path):
         if sys.stdin is None or sys.stdin.closed:
@@ -70,9 +69,16 @@ def open_input(path: str | None) -> Iterator[BinaryIO]:
     try:
         file = Path(path).open("rb")  # noqa: SIM115 (closed below)
     except OSError as problem:
-        raise GemtoolError(f"{path}: cannot be read: {reason(problem)}") from None
+        raise GemtoolError(f"{path}: cannot be read: {_why_not(path, problem)}") from None
     with file:
         yield file
+
+
+def _why_not(path: str, problem: OSError) -> str:
+    """Why a file cannot be opened; of one that is not there yet, that it is not finished."""
+    if isinstance(problem, FileNotFoundError) and (partial := partial_name(Path(path))).exists():
+        return f"it is not finished: {partial} is being written, or waits for --resume"
+    return reason(problem)
 
 
 @contextlib.contextmanager
@@ -102,8 +108,8 @@ def open_output(
     if target.is_dir():
         raise UsageError(f"{path}: is a folder; name a file")
     special = target.exists() and not target.is_file()  # /dev/null, a FIFO: nothing to rename
-    if target.exists() and not special and not force:
-        raise UsageError(f"{path}: exists already; add -f to replace it")
+    if not special and not force:
+        _require_new(target, path)
     try:
         if special:
             with target.open("wb") as file:
@@ -111,14 +117,21 @@ def open_output(
             return
         with atomic_file(target) as file:
             yield file
+            if not force:
+                _require_new(target, path)  # another process may have been faster
     except OSError as problem:
         if isinstance(problem, BrokenPipeError):
             raise
         # What the block itself reads, or writes elsewhere, is no failure of this output.
         where = None if problem.filename is None else Path(problem.filename).absolute().parent
-        if where != target.absolute().parent and (where or problem.errno != errno.ENOSPC):
+        if where != target.absolute().parent and (where or not no_room(problem)):
             raise
         raise GemtoolError(f"{path}: cannot be written: {reason(problem)}") from None
+
+
+def _require_new(target: Path, path: str) -> None:
+    if target.exists():
+        raise UsageError(f"{path}: exists already; add -f to replace it")
 
 
 @contextlib.contextmanager
@@ -184,6 +197,11 @@ def is_resumable(path: str | None) -> bool:
     return path not in (None, "-") and (Path(str(path)).is_file() or not Path(str(path)).exists())
 
 
+def partial_name(target: Path) -> Path:
+    """The file that `resumable_output` writes before it is whole."""
+    return target.with_name(target.name + ".partial")
+
+
 @contextlib.contextmanager
 def resumable_output(path: str, *, force: bool, resume: bool) -> Iterator[PartialOutput]:
     """Opens an output file that an interruption may leave to be resumed, as FILE.partial: if the block
@@ -200,9 +218,9 @@ def resumable_output(path: str, *, force: bool, resume: bool) -> Iterator[Partia
     target = Path(path)
     if target.is_dir():
         raise UsageError(f"{path}: is a folder; name a file")
-    if target.exists() and not force:
-        raise UsageError(f"{path}: exists already; add -f to replace it")
-    partial = target.with_name(target.name + ".partial")
+    if not force:
+        _require_new(target, path)
+    partial = partial_name(target)
 
     def left() -> None:
         if not output.is_kept:
@@ -219,6 +237,8 @@ def resumable_output(path: str, *, force: bool, resume: bool) -> Iterator[Partia
             with removed_on_signal(left):
                 try:
                     yield output
+                    if not force:
+                        _require_new(target, path)  # whoever made it did not lock the partial file
                     file.flush()
                     os.fsync(file.fileno())
                     partial.replace(target)
@@ -229,7 +249,7 @@ def resumable_output(path: str, *, force: bool, resume: bool) -> Iterator[Partia
     except OSError as problem:
         # What the block itself reads, or writes elsewhere, is no failure of this output.
         named = problem.filename is not None
-        if Path(str(problem.filename)) != partial if named else problem.errno != errno.ENOSPC:
+        if Path(str(problem.filename)) != partial if named else not no_room(problem):
             raise
         raise GemtoolError(f"{path}: cannot be written: {reason(problem)}") from None
 
