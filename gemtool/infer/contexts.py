@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from gemtool.errors import CorruptInput, GemtoolError, UsageError
-from gemtool.infer.engine import Engine, Sequence
+from gemtool.infer.engine import Engine
+from gemtool.infer.sequence import Sequence
 from gemtool.stream.context import BLOCK, ContextReader, Parent, open_contexts, require_match
 from gemtool.stream.files import display_name, is_stdin
 from gemtool.stream.lineage import as_parent, whole_parts
