@@ -309,7 +309,7 @@ def test_a_step_neither_sends_nor_copies_buffers(
     )
     tokens, valid = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((steps,), ()))
     with jax.set_mesh(mesh):
-        step = scored_step.lower(params, config, tokens, None, valid, *state).compile()
+        step = scored_step.lower(params, config, tokens, None, valid, *state, {}).compile()
     shares = [
         {name: math.prod(x.sharding.shard_shape(x.shape)) for name, x in own.items()}
         for own in state[0]

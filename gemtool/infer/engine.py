@@ -27,18 +27,20 @@ from gemtool.infer.draft import NgramDraft
 from gemtool.infer.generate import Chooser, Step, chosen
 from gemtool.infer.grammar import Constraint, Constraints
 from gemtool.infer.logprobs import Entries
+from gemtool.infer.mapped import MappedPages, can_map, mappable
 from gemtool.infer.pieces import Piece, Tile, pieces_of, tiles_of
 from gemtool.infer.sampling import Sampling, best, log_softmax
 from gemtool.infer.sequence import PROMPT_TILE, Sequence, capacity_for
 from gemtool.infer.steps import abstract_sequence, encode
 from gemtool.infer.text import Prompt, TextStream
 from gemtool.model import transformer
-from gemtool.model.cache import full_layers, map_state
+from gemtool.model.cache import full_layers, map_state, untouched
 from gemtool.model.config import ModelConfig
 from gemtool.model.execution import suitable
 from gemtool.model.mesh import param_shardings
+from gemtool.model.pages import paged_layers
 from gemtool.model.params import in_dtype
-from gemtool.stream.context import ContextHeader
+from gemtool.stream.context import ContextHeader, Part
 from gemtool.stream.spans import Span
 
 CHUNKS = (512, 2048)
@@ -160,24 +162,41 @@ class Engine:
     def restore(
         self,
         length: int,
-        blocks: list[Mapping[str, np.ndarray]],
+        blocks: Iterable[Part],
         state: Mapping[str, np.ndarray],
         logits: np.ndarray | None,
     ) -> Sequence:
-        """A sequence from what `Sequence.block` and `Sequence.state` gave; `logits` are None where it
-        is to go on before it is asked."""
-        capacity = capacity_for(length + 2 * PROMPT_TILE)
-        empty, like = abstract_sequence(self.config, capacity, self.mesh)
+        """A sequence from the blocks of a context, and what `Sequence.state` gave; `logits` are None
+        where it is to go on before it is asked.
+
+        Blocks that can be pages of the sequence (`gemtool.infer.mapped`) stay where they are.
+
+        Raises:
+            CorruptInput: a block that is loaded is damaged.
+            KeyError, ValueError: something is missing or of another shape.
+        """
+        blocks = list(blocks)
+        count = mappable(self.config, blocks) if can_map(self.config, self.mesh) else 0
+        pages = MappedPages(self.config, blocks[:count]) if count else None
+        first = 0 if pages is None else pages.length
+        room = capacity_for(length + 2 * PROMPT_TILE)
+        behind = capacity_for(length + 2 * PROMPT_TILE - first)
+        empty, like = abstract_sequence(self.config, room, self.mesh, behind)
+        paged = paged_layers(self.config)
+
+        def loaded(at: int, name: str, like: Any) -> jax.Array:
+            skipped = count if at in paged and name != "landmarks" else 0
+            return _filled(blocks[skipped:], f"layers/{at}/{name}", like)
+
         buffers = tuple(
-            {
-                name: _filled([block[f"layers/{at}/{name}"] for block in blocks], name, shape)
-                for name, shape in shapes.items()
-            }
+            {name: loaded(at, name, shape) for name, shape in shapes.items()}
             for at, shapes in zip(full_layers(self.config), empty, strict=True)
         )
         given = {"length": np.int32(length), **state}
         cache = map_state(self.config, like, lambda path, x: _put(np.array(given[path]), x))
-        sequence = Sequence(self, buffers, cache, length)
+        if pages is not None:
+            cache = untouched(self.config, cache, pages.room)
+        sequence = Sequence(self, buffers, cache, length, pages)
         sequence._logits = None if logits is None else np.array(logits)
         return sequence
 
@@ -365,16 +384,18 @@ def _put(x: np.ndarray, like: Any) -> jax.Array:
     return jax.device_put(x, like.sharding)
 
 
-def _filled(blocks: list[np.ndarray], name: str, like: Any) -> jax.Array:
-    """A buffer as `like` that begins with these keys or values [1, n, N, K], or landmarks
-    [1, M, I, n]."""
+def _filled(blocks: Iterable[Part], path: str, like: Any) -> jax.Array:
+    """A buffer as `like` that begins with what blocks have at a path: keys or values [1, n, N, K], or
+    landmarks [1, M, I, n]."""
     buffer = np.zeros(like.shape, like.dtype)
     axis, rows = 3, buffer
-    if name != "landmarks":
+    if not path.endswith("/landmarks"):
         axis, rows = 1, buffer.reshape(1, -1, *buffer.shape[-2:])
     at = 0
     for block in blocks:
-        count = block.shape[axis]
-        rows[(slice(None),) * axis + (slice(at, at + count),)] = block
+        block.verify(path)
+        array = block.arrays[path]
+        count = array.shape[axis]
+        rows[(slice(None),) * axis + (slice(at, at + count),)] = array
         at += count
     return _put(buffer, like)

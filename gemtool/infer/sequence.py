@@ -2,7 +2,8 @@
 
 The keys and values of full-attention layers lie in buffers that are donated from step to step, never
 copied; only rows beyond a context's length are written when it is asked, so going back to the context
-takes its length and its small state, nothing else.
+takes its length and its small state, nothing else. What a file holds of a sequence may stay there
+(`gemtool.infer.mapped`): buffers then have what comes behind it.
 """
 
 from __future__ import annotations
@@ -15,20 +16,20 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
+from gemtool.infer.mapped import MappedPages
 from gemtool.infer.pieces import Piece, Tile, soft_positions, tiles_of
 from gemtool.infer.steps import (
     Buffers,
     Scores,
     each_scored_step,
     grown,
-    join,
+    has_room,
     kv_step,
     logprobs_step,
     read_block,
     scored_step,
 )
-from gemtool.model.buffers import buffer_capacity
-from gemtool.model.cache import Cache, full_layers, state_arrays
+from gemtool.model.cache import Cache, full_layers, state_arrays, touched_pages
 from gemtool.stream.context import BLOCK
 
 if TYPE_CHECKING:
@@ -51,8 +52,16 @@ class Sequence:
         tokens: int32 [n], those that an answer may repeat, where somebody told them.
     """
 
-    def __init__(self, engine: Engine, buffers: Buffers, state: Cache, length: int) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        buffers: Buffers,
+        state: Cache,
+        length: int,
+        pages: MappedPages | None = None,
+    ) -> None:
         self._engine = engine
+        self._pages = pages
         self._buffers: Buffers | None = buffers
         self._state = state
         self._logits: Any = None
@@ -61,8 +70,23 @@ class Sequence:
 
     @property
     def logits(self) -> np.ndarray | None:
-        """Scores float32 [V] of the next token; None where the last tile was not scored."""
+        """Scores float32 [V] of the next token; None where the last tile was not scored.
+
+        Raises:
+            CorruptInput: what they come of is damaged; so do all that give what was computed.
+        """
+        self._verify()
         return None if self._logits is None else np.asarray(self._logits)
+
+    @property
+    def _first(self) -> int:
+        """Position of the first row of buffers of layers that are paged."""
+        return 0 if self._pages is None else self._pages.length
+
+    def _verify(self) -> None:
+        """Compares with their checksums the pages that anything so far has looked at."""
+        if self._pages is not None:
+            self._pages.verify(touched_pages(self._engine.config, self._state))
 
     def run(self, tile: Tile, size: int) -> None:
         """Appends the positions of a tile, padded to `size`. Returns before they are computed."""
@@ -90,6 +114,7 @@ class Sequence:
             found = logprobs_step(*arguments, before, top)
         scores, self._logits, self._buffers, self._state = found
         self.length += len(tile.piece)
+        self._verify()
         return scores
 
     def extend_scored(self, tokens: np.ndarray, size: int, count: int) -> np.ndarray:
@@ -99,6 +124,7 @@ class Sequence:
         with self._engine.on_mesh():
             scores, self._buffers, self._state = each_scored_step(*arguments, count)
         self.length += len(tokens)
+        self._verify()
         found = np.asarray(scores)[: min(len(tokens), count)]
         self._logits = found[-1]
         return found
@@ -122,7 +148,8 @@ class Sequence:
             present = np.pad(soft_positions(piece.tokens), (0, padding))
             soft = np.pad(piece.soft, ((0, padding), (0, 0))), present
         engine, valid = self._engine, np.int32(len(piece))
-        return engine.params, engine.config, tokens, soft, valid, self._taken(), self._state
+        tables = {} if self._pages is None else self._pages.tables
+        return engine.params, engine.config, tokens, soft, valid, self._taken(), self._state, tables
 
     def extend(self, tokens: np.ndarray) -> None:
         """Appends tokens int32 [n], a prompt or one that was just chosen."""
@@ -135,10 +162,11 @@ class Sequence:
 
     def reserve(self, length: int) -> None:
         """Makes room for `length` positions in all."""
-        buffers = self._taken()
-        if buffers and min(buffer_capacity(own["k"]) for own in buffers) < length:
+        config, buffers = self._engine.config, self._taken()
+        if not has_room(config, buffers, length, self._first):
             with self._engine.on_mesh():
-                buffers = grown(self._engine.config, buffers, capacity_for(length))
+                room = capacity_for(length), capacity_for(length - self._first)
+                buffers = grown(config, buffers, *room)
         self._buffers = buffers
 
     @contextlib.contextmanager
@@ -148,7 +176,7 @@ class Sequence:
         It writes its keys and values behind this one's in the same buffers, where nobody sees them
         once the block has ended. One fork can be open at a time, and this sequence not be extended.
         """
-        child = Sequence(self._engine, self._taken(), self._state, self.length)
+        child = Sequence(self._engine, self._taken(), self._state, self.length, self._pages)
         child._logits, self._buffers = self._logits, None
         child.tokens = self.tokens
         try:
@@ -180,9 +208,10 @@ class Sequence:
 
         `start` is a multiple of BLOCK, `stop - start` at most BLOCK.
         """
-        config = self._engine.config
+        self._verify()
+        config, where = self._engine.config, (np.int32(start), np.int32(self._first))
         with self._engine.on_mesh():
-            found = read_block(config, self._taken(), np.int32(start), BLOCK)
+            found = read_block(config, self._taken(), *where, BLOCK)
         arrays = {}
         for at, own in zip(full_layers(config), found, strict=True):
             index = config.layer_kinds[at].index
@@ -192,11 +221,13 @@ class Sequence:
                 whole = (stop - start) // index.block
                 landmarks = np.asarray(own["landmarks"])
                 arrays[f"layers/{at}/landmarks"] = landmarks[..., :whole]
+        if self._pages is not None and start < self._first:
+            arrays |= self._pages.block(start)
         return arrays
 
     def state(self) -> dict[str, np.ndarray]:
         """What the next position needs besides blocks, the length aside: "layers/0/tail"."""
-        config = self._engine.config
-        arrays = state_arrays(config, join(config, self._taken(), self._state))
+        self._verify()
+        arrays = state_arrays(self._engine.config, self._state)
         del arrays["length"]
         return arrays
