@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from gemtool.data.vocab import Vocab, train_vocab
-from gemtool.infer.engine import CHUNKS, PROMPT_TILE, capacity_for
+from gemtool.infer.engine import CHUNKS
+from gemtool.infer.sequence import PROMPT_TILE, capacity_for
 from gemtool.stream.context import BLOCK
 from gemtool.train.loop import TrainOptions, train
 from tests.conftest import Command

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -25,6 +26,7 @@ from gemtool.stream.context import (
     open_contexts,
     require_match,
 )
+from gemtool.stream.mapped import map_together
 
 HEADER = ContextHeader(
     doc="talk.mp4",
@@ -114,6 +116,44 @@ def test_a_file_is_mapped_not_copied(tmp_path: Path) -> None:
         mapped = [line for line in maps.read_text().splitlines() if line.endswith("a.ctx")]
         edges = [[int(edge, 16) for edge in line.split()[0].split("-")] for line in mapped]
         assert any(low <= address < high for low, high in edges)
+
+
+def test_keys_and_values_are_verified_when_they_are_used(tmp_path: Path) -> None:
+    data, parts = write(600)
+    path = tmp_path / "a.ctx"
+    keys = data.index(parts[0].arrays["layers/1/k"].tobytes())
+    path.write_bytes(data[: keys + 7] + bytes([data[keys + 7] ^ 4]) + data[keys + 8 :])
+    with open_contexts(str(path)) as contexts:
+        reader = next(contexts)
+        found = list(reader.parts(lazy=True))
+        assert reader.footer["length"] == 600
+    found[0].verify("layers/1/v")
+    with pytest.raises(
+        CorruptInput, match=f"a.ctx: near byte {keys:,}: layers/1/k of tokens 0 to 600"
+    ):
+        found[0].verify("layers/1/k")
+    tokens = data.index(parts[0].arrays["tokens"].tobytes())
+    path.write_bytes(data[:tokens] + bytes([data[tokens] ^ 4]) + data[tokens + 1 :])
+    with (
+        open_contexts(str(path)) as contexts,
+        pytest.raises(CorruptInput, match="tokens of tokens 0"),
+    ):
+        next(next(contexts).parts(lazy=True))
+
+
+def test_files_as_one_array(tmp_path: Path) -> None:
+    contents = [bytes(range(256)) * 30, b"x", bytes(5000)]
+    files = [tmp_path / str(number) for number in range(len(contents))]
+    with contextlib.ExitStack() as stack:
+        descriptors = []
+        for file, content in zip(files, contents, strict=True):
+            file.write_bytes(content)
+            descriptors.append(stack.enter_context(file.open("rb")).fileno())
+        memory, places = map_together(descriptors)
+    for place, content in zip(places, contents, strict=True):
+        assert memory[place : place + len(content) + 9].tobytes() == content + bytes(9)
+    assert not memory.flags.writeable
+    assert len(memory).bit_count() == 1
 
 
 def test_stdin_piped_or_redirected(tmp_path: Path) -> None:

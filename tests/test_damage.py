@@ -75,11 +75,13 @@ def read_shards(folder: Path) -> str:
     return digest(manifest, *(span for sequence in shards for span in sequence))
 
 
-def read_context(path: Path) -> str:
+def read_context(path: Path, lazy: bool = False) -> str:
     with open_contexts(str(path)) as contexts:
         things: list[object] = []
         for reader in contexts:
-            for part in reader.parts():
+            for part in reader.parts(lazy):
+                for name in part.arrays:
+                    part.verify(name)
                 things += [part.part, part.start, part.stop, *part.arrays, *part.arrays.values()]
             things += [reader.header.to_dict(), reader.footer]
         return digest(*things)
@@ -135,6 +137,11 @@ KINDS = {
     "part": Kind(write_parts, read_shards, "part-00002-of-00002-00000.arrow"),
     "part-manifest": Kind(write_parts, read_shards, "manifest-00002-of-00002.json", harmless=1),
     "context": Kind(lambda p: p.write_bytes(test_context.write(300)[0]), read_context, harmless=8),
+    "context-lazily": Kind(
+        lambda p: p.write_bytes(test_context.write(300)[0]),
+        lambda p: read_context(p, lazy=True),
+        harmless=8,
+    ),
 }
 
 

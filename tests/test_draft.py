@@ -21,11 +21,12 @@ from gemtool.infer.chat import Conversation
 from gemtool.infer.contexts import load_context
 from gemtool.infer.decode import read_requests
 from gemtool.infer.draft import GUESSES, LONGEST, NgramDraft
-from gemtool.infer.engine import Engine, Sequence
+from gemtool.infer.engine import Engine
 from gemtool.infer.generate import TILE, Step
 from gemtool.infer.grammar import Grammar
 from gemtool.infer.prefill import write_context
 from gemtool.infer.sampling import Sampling
+from gemtool.infer.sequence import Sequence
 from gemtool.infer.text import Prompt
 from gemtool.model.mesh import open_mesh
 from gemtool.stream.context import open_contexts

@@ -11,8 +11,9 @@ import pytest
 
 from gemtool.data.vocab import Vocab
 from gemtool.infer.contexts import load_context
-from gemtool.infer.engine import Engine, Sequence
+from gemtool.infer.engine import Engine
 from gemtool.infer.prefill import Planner, write_context
+from gemtool.infer.sequence import Sequence
 from gemtool.model.config import ModelConfig
 from gemtool.model.kinds import IndexConfig
 from gemtool.stream.context import BLOCK, open_contexts

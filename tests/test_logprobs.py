@@ -224,7 +224,7 @@ def test_no_more_scores_than_a_chunks(folders: dict[str, Path], vocab: Vocab) ->
     config = tiny(vocab.size)
     arguments = (
         abstract_params(config), config, jax.ShapeDtypeStruct((2048,), np.int32), None,
-        jax.ShapeDtypeStruct((), np.int32), *abstract_sequence(config, 4096),
+        jax.ShapeDtypeStruct((), np.int32), *abstract_sequence(config, 4096), {},
         jax.ShapeDtypeStruct((vocab.size,), np.float32), 4,
     )  # fmt: skip
     memory = logprobs_step.lower(*arguments).compile().memory_analysis()

@@ -21,10 +21,11 @@ from gemtool.control import BEGIN_FRAME, END_FRAME, VIDEO
 from gemtool.data.settings import MediaSettings
 from gemtool.data.vocab import Vocab
 from gemtool.errors import UsageError
-from gemtool.infer import engine as engines
-from gemtool.infer.engine import Engine, Sequence
+from gemtool.infer import sequence as sequences
+from gemtool.infer.engine import Engine
 from gemtool.infer.pieces import Piece, Tile, pieces_of
 from gemtool.infer.sampling import Sampling
+from gemtool.infer.sequence import Sequence
 from gemtool.infer.steps import abstract_sequence, scored_step
 from gemtool.kernels.attention import flash_attention
 from gemtool.model import buffers
@@ -95,8 +96,8 @@ def small() -> Iterator[None]:
     """Runs and blocks so small that a tile has rows for several devices; quick compilation."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(buffers, "RUN", 16)
-        patch.setattr(engines, "BLOCK", 64)
-        patch.setattr(engines, "PROMPT_TILE", TILE)
+        patch.setattr(sequences, "BLOCK", 64)
+        patch.setattr(sequences, "PROMPT_TILE", TILE)
         before = jax.config.read("jax_disable_most_optimizations")
         jax.config.update("jax_disable_most_optimizations", True)
         yield
@@ -308,7 +309,7 @@ def test_a_step_neither_sends_nor_copies_buffers(
     )
     tokens, valid = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((steps,), ()))
     with jax.set_mesh(mesh):
-        step = scored_step.lower(params, config, tokens, None, valid, *state).compile()
+        step = scored_step.lower(params, config, tokens, None, valid, *state, {}).compile()
     shares = [
         {name: math.prod(x.sharding.shard_shape(x.shape)) for name, x in own.items()}
         for own in state[0]

@@ -155,4 +155,4 @@ def _step(
     valid = jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere)
     program = scored_step if scored else kv_step
     with jax.set_mesh(mesh), compiling_for("tpu"):
-        return program.lower(params, config, tokens, None, valid, buffers, state)
+        return program.lower(params, config, tokens, None, valid, buffers, state, {})

@@ -23,7 +23,8 @@ from gemtool.probes.wordings import WORDINGS
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from gemtool.infer.engine import Engine, Sequence
+    from gemtool.infer.engine import Engine
+    from gemtool.infer.sequence import Sequence
     from gemtool.probes.haystack import Case
 
 

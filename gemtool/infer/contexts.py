@@ -10,8 +10,17 @@ from typing import Any
 import numpy as np
 
 from gemtool.errors import CorruptInput, GemtoolError, UsageError
-from gemtool.infer.engine import Engine, Sequence
-from gemtool.stream.context import BLOCK, ContextReader, Parent, open_contexts, require_match
+from gemtool.infer.engine import Engine
+from gemtool.infer.mapped import can_map
+from gemtool.infer.sequence import Sequence
+from gemtool.stream.context import (
+    BLOCK,
+    ContextReader,
+    Parent,
+    Part,
+    open_contexts,
+    require_match,
+)
 from gemtool.stream.files import display_name, is_stdin
 from gemtool.stream.lineage import as_parent, whole_parts
 
@@ -66,18 +75,23 @@ def open_base(engine: Engine, path: str, output: str | None) -> Base:
 def load_context(engine: Engine, reader: ContextReader) -> Loaded:
     """Puts a context back into a model, with those that it continues.
 
+    On a CPU, layers with an index attend to whole blocks of files where they lie, on a disk: these are
+    neither read nor verified before (`gemtool.infer.mapped`). On a mesh or an accelerator, of a pipe,
+    and for other layers, keys and values are loaded.
+
     Raises:
         GemtoolError: another model, vocabulary or layout made it; its parent is missing or another.
         CorruptInput: it is damaged or truncated.
     """
     require_match(reader.header, engine.header(reader.header.doc), reader.name)
-    blocks: list[Mapping[str, np.ndarray]] = []
+    lazy = can_map(engine.config, engine.mesh)
+    blocks: list[Part] = []
     state: Mapping[str, np.ndarray] = {}
     logits = np.empty(0, np.float32)
     length = 0
-    for part in whole_parts(reader):
+    for part in whole_parts(reader, lazy):
         if part.part == "block":
-            blocks.append(part.arrays)
+            blocks.append(part)
         elif part.part == "state":
             state, length = part.arrays, part.stop
         elif part.part == "end":
@@ -86,7 +100,7 @@ def load_context(engine: Engine, reader: ContextReader) -> Loaded:
         raise CorruptInput(f"{reader.name}: the last state is of token {length:,}, not of the last")
     try:
         sequence = engine.restore(length, blocks, state, logits)
-        sequence.tokens = tokens = np.concatenate([block["tokens"] for block in blocks])
+        sequence.tokens = tokens = np.concatenate([block.arrays["tokens"] for block in blocks])
         return Loaded(reader.header.doc, sequence, tokens, reader.footer)
     except (KeyError, ValueError) as problem:
         raise CorruptInput(f"{reader.name}: the context is not whole ({problem})") from None

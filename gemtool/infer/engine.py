@@ -4,10 +4,7 @@
     context = engine.prefill(tokens)               # or the spans of a document
     engine.ask(context, "What is the number?")     # as often as wanted: the context stays as it is
 
-Prefill and decode are the same compiled function at two tile shapes. The keys and values of
-full-attention layers lie in buffers that are donated from step to step, never copied; only rows
-beyond a context's length are written when it is asked, so going back to the context takes its
-length and its small state, nothing else.
+Prefill and decode are the same compiled function at two tile shapes (`gemtool.infer.sequence`).
 """
 
 from __future__ import annotations
@@ -16,7 +13,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import jax
@@ -30,39 +27,27 @@ from gemtool.infer.draft import NgramDraft
 from gemtool.infer.generate import Chooser, Step, chosen
 from gemtool.infer.grammar import Constraint, Constraints
 from gemtool.infer.logprobs import Entries
+from gemtool.infer.mapped import MappedPages, can_map, mappable
 from gemtool.infer.media import read_media
-from gemtool.infer.pieces import Piece, Tile, pieces_of, soft_positions, tiles_of, tokens_of
+from gemtool.infer.pieces import Piece, Tile, pieces_of, tiles_of, tokens_of
 from gemtool.infer.sampling import Sampling, best, log_softmax
-from gemtool.infer.steps import (
-    Buffers,
-    Scores,
-    abstract_sequence,
-    each_scored_step,
-    encode,
-    grown,
-    join,
-    kv_step,
-    logprobs_step,
-    read_block,
-    scored_step,
-)
+from gemtool.infer.sequence import PROMPT_TILE, Sequence, capacity_for
+from gemtool.infer.steps import abstract_sequence, encode
 from gemtool.infer.text import Prompt, TextStream
 from gemtool.model import transformer
-from gemtool.model.buffers import buffer_capacity
-from gemtool.model.cache import Cache, full_layers, map_state, state_arrays
+from gemtool.model.cache import full_layers, map_state, untouched
 from gemtool.model.config import ModelConfig
 from gemtool.model.execution import suitable
 from gemtool.model.mesh import param_shardings
+from gemtool.model.pages import paged_layers
 from gemtool.model.params import in_dtype
-from gemtool.stream.context import BLOCK, ContextHeader
+from gemtool.stream.context import ContextHeader, Part
 from gemtool.stream.spans import Span
 
 CHUNKS = (512, 2048)
 """Positions that prefill runs at a time by default, least and most."""
 EXPERT_ROWS = 128
 """That an expert wants of a chunk: shorter matmuls are slow."""
-PROMPT_TILE = 64
-"""Positions of a short prompt's tile."""
 
 
 def default_chunk(config: ModelConfig) -> int:
@@ -71,172 +56,6 @@ def default_chunk(config: ModelConfig) -> int:
     least, most = CHUNKS
     rows = 0 if config.moe is None else EXPERT_ROWS * config.moe.experts // config.moe.top_k
     return min(max(least, 1 << (rows - 1).bit_length()), most)
-
-
-def capacity_for(length: int) -> int:
-    """Positions that buffers have room for: a power of two, so that few shapes are ever compiled."""
-    return max(BLOCK, 1 << (length - 1).bit_length())
-
-
-class Sequence:
-    """A sequence of tokens that went through a model, and what continues it.
-
-    Attributes:
-        length: positions so far.
-        tokens: int32 [n], those that an answer may repeat, where somebody told them.
-    """
-
-    def __init__(self, engine: Engine, buffers: Buffers, state: Cache, length: int) -> None:
-        self._engine = engine
-        self._buffers: Buffers | None = buffers
-        self._state = state
-        self._logits: Any = None
-        self.length = length
-        self.tokens = np.empty(0, np.int32)
-
-    @property
-    def logits(self) -> np.ndarray | None:
-        """Scores float32 [V] of the next token; None where the last tile was not scored."""
-        return None if self._logits is None else np.asarray(self._logits)
-
-    def run(self, tile: Tile, size: int) -> None:
-        """Appends the positions of a tile, padded to `size`. Returns before they are computed."""
-        arguments = self._arguments(tile.piece, size)
-        with self._engine.on_mesh():
-            if tile.scored:
-                self._logits, self._buffers, self._state = scored_step(*arguments)
-            else:
-                self._logits = None
-                self._buffers, self._state = kv_step(*arguments)
-        self.length += len(tile.piece)
-
-    def score(self, tile: Tile, size: int, top: int) -> Scores:
-        """Appends them as `run` does, all of them through the whole model, and says how likely each
-        was after all before it, and the `top` most likely in its place. Of the first token of an
-        empty sequence, and from the tile's length on, this means nothing.
-        """
-        engine, before = self._engine, self._logits
-        if before is None:
-            assert self.length == 0, "the tile before was not scored"
-            before = engine.put(np.zeros(engine.config.vocab_size, np.float32))
-        top = min(top, engine.config.vocab_size)
-        arguments = self._arguments(tile.piece, size)
-        with engine.on_mesh():
-            found = logprobs_step(*arguments, before, top)
-        scores, self._logits, self._buffers, self._state = found
-        self.length += len(tile.piece)
-        return scores
-
-    def extend_scored(self, tokens: np.ndarray, size: int, count: int) -> np.ndarray:
-        """Appends tokens int32 [n], at most `size`; the scores float32 [min(n, count), V] after each of
-        the last `count`."""
-        arguments = self._arguments(Piece(tokens), size)
-        with self._engine.on_mesh():
-            scores, self._buffers, self._state = each_scored_step(*arguments, count)
-        self.length += len(tokens)
-        found = np.asarray(scores)[: min(len(tokens), count)]
-        self._logits = found[-1]
-        return found
-
-    def mark(self) -> tuple[Any, ...]:
-        """Where the sequence is now, for `back_to`."""
-        return self._state, self._logits, self.length
-
-    def back_to(self, mark: tuple[Any, ...]) -> None:
-        """As if what was appended since the mark had never been: of the buffers, only rows beyond the
-        length were written."""
-        self._state, self._logits, self.length = mark
-
-    def _arguments(self, piece: Piece, size: int) -> tuple[Any, ...]:
-        """What steps take for a piece that is padded to `size`, once there is room for it."""
-        self.reserve(self.length + size)
-        padding = size - len(piece)
-        tokens = np.pad(piece.tokens.astype(np.int32, copy=False), (0, padding))
-        soft = None
-        if piece.soft is not None:
-            present = np.pad(soft_positions(piece.tokens), (0, padding))
-            soft = np.pad(piece.soft, ((0, padding), (0, 0))), present
-        engine, valid = self._engine, np.int32(len(piece))
-        return engine.params, engine.config, tokens, soft, valid, self._taken(), self._state
-
-    def extend(self, prompt: np.ndarray | list[Piece]) -> None:
-        """Appends tokens int32 [n], a prompt or one that was just chosen, or pieces."""
-        engine, longest = self._engine, max(self._engine.chunk, PROMPT_TILE)
-        pieces = [Piece(prompt)] if isinstance(prompt, np.ndarray) else prompt
-        count = sum(map(len, pieces))
-        for tile in tiles_of(pieces, longest, reach=engine.reach):
-            if len(tile.piece) <= PROMPT_TILE:
-                self.run(tile, 1 if count == 1 else PROMPT_TILE)
-            else:
-                self.run(tile, engine.tile_size(len(tile.piece)))
-
-    def reserve(self, length: int) -> None:
-        """Makes room for `length` positions in all."""
-        buffers = self._taken()
-        if buffers and min(buffer_capacity(own["k"]) for own in buffers) < length:
-            with self._engine.on_mesh():
-                buffers = grown(self._engine.config, buffers, capacity_for(length))
-        self._buffers = buffers
-
-    @contextlib.contextmanager
-    def fork(self) -> Iterator[Sequence]:
-        """A sequence that begins as this one, for the time of the block.
-
-        It writes its keys and values behind this one's in the same buffers, where nobody sees them
-        once the block has ended. One fork can be open at a time, and this sequence not be extended.
-        """
-        child = Sequence(self._engine, self._taken(), self._state, self.length)
-        child._logits, self._buffers = self._logits, None
-        child.tokens = self.tokens
-        try:
-            yield child
-        finally:
-            self._buffers, child._buffers = child._buffers, None
-
-    def _taken(self) -> Buffers:
-        if self._buffers is None:
-            raise RuntimeError("the sequence is forked: end that generation before the next")
-        return self._buffers
-
-    # For measuring
-
-    def skip_to(self, length: int) -> None:
-        """Pretends that `length` positions went before, whatever the buffers hold there."""
-        self._state = replace(self._state, length=self._engine.put(np.int32(length)))
-        self.length = length
-
-    def wait(self) -> None:
-        """Returns when everything appended so far is computed."""
-        jax.block_until_ready((self._buffers, self._state))
-
-    # For context files
-
-    def block(self, start: int, stop: int) -> dict[str, np.ndarray]:
-        """What grows with the context, of the positions of one block of its file: "layers/2/k"
-        [1, stop - start, N, K], and "layers/2/landmarks" [1, M, I, J] of the index's whole blocks.
-
-        `start` is a multiple of BLOCK, `stop - start` at most BLOCK.
-        """
-        config = self._engine.config
-        with self._engine.on_mesh():
-            found = read_block(config, self._taken(), np.int32(start), BLOCK)
-        arrays = {}
-        for at, own in zip(full_layers(config), found, strict=True):
-            index = config.layer_kinds[at].index
-            for name in "kv":
-                arrays[f"layers/{at}/{name}"] = np.asarray(own[name])[:, : stop - start]
-            if index is not None:
-                whole = (stop - start) // index.block
-                landmarks = np.asarray(own["landmarks"])
-                arrays[f"layers/{at}/landmarks"] = landmarks[..., :whole]
-        return arrays
-
-    def state(self) -> dict[str, np.ndarray]:
-        """What the next position needs besides blocks, the length aside: "layers/0/tail"."""
-        config = self._engine.config
-        arrays = state_arrays(config, join(config, self._taken(), self._state))
-        del arrays["length"]
-        return arrays
 
 
 @dataclass(frozen=True)
@@ -344,24 +163,41 @@ class Engine:
     def restore(
         self,
         length: int,
-        blocks: list[Mapping[str, np.ndarray]],
+        blocks: Iterable[Part],
         state: Mapping[str, np.ndarray],
         logits: np.ndarray | None,
     ) -> Sequence:
-        """A sequence from what `Sequence.block` and `Sequence.state` gave; `logits` are None where it
-        is to go on before it is asked."""
-        capacity = capacity_for(length + 2 * PROMPT_TILE)
-        empty, like = abstract_sequence(self.config, capacity, self.mesh)
+        """A sequence from the blocks of a context, and what `Sequence.state` gave; `logits` are None
+        where it is to go on before it is asked.
+
+        Blocks that can be pages of the sequence (`gemtool.infer.mapped`) stay where they are.
+
+        Raises:
+            CorruptInput: a block that is loaded is damaged.
+            KeyError, ValueError: something is missing or of another shape.
+        """
+        blocks = list(blocks)
+        count = mappable(self.config, blocks) if can_map(self.config, self.mesh) else 0
+        pages = MappedPages(self.config, blocks[:count]) if count else None
+        first = 0 if pages is None else pages.length
+        room = capacity_for(length + 2 * PROMPT_TILE)
+        behind = capacity_for(length + 2 * PROMPT_TILE - first)
+        empty, like = abstract_sequence(self.config, room, self.mesh, behind)
+        paged = paged_layers(self.config)
+
+        def loaded(at: int, name: str, like: Any) -> jax.Array:
+            skipped = count if at in paged and name != "landmarks" else 0
+            return _filled(blocks[skipped:], f"layers/{at}/{name}", like)
+
         buffers = tuple(
-            {
-                name: _filled([block[f"layers/{at}/{name}"] for block in blocks], name, shape)
-                for name, shape in shapes.items()
-            }
+            {name: loaded(at, name, shape) for name, shape in shapes.items()}
             for at, shapes in zip(full_layers(self.config), empty, strict=True)
         )
         given = {"length": np.int32(length), **state}
         cache = map_state(self.config, like, lambda path, x: _put(np.array(given[path]), x))
-        sequence = Sequence(self, buffers, cache, length)
+        if pages is not None:
+            cache = untouched(self.config, cache, pages.room)
+        sequence = Sequence(self, buffers, cache, length, pages)
         sequence._logits = None if logits is None else np.array(logits)
         return sequence
 
@@ -561,16 +397,18 @@ def _put(x: np.ndarray, like: Any) -> jax.Array:
     return jax.device_put(x, like.sharding)
 
 
-def _filled(blocks: list[np.ndarray], name: str, like: Any) -> jax.Array:
-    """A buffer as `like` that begins with these keys or values [1, n, N, K], or landmarks
-    [1, M, I, n]."""
+def _filled(blocks: Iterable[Part], path: str, like: Any) -> jax.Array:
+    """A buffer as `like` that begins with what blocks have at a path: keys or values [1, n, N, K], or
+    landmarks [1, M, I, n]."""
     buffer = np.zeros(like.shape, like.dtype)
     axis, rows = 3, buffer
-    if name != "landmarks":
+    if not path.endswith("/landmarks"):
         axis, rows = 1, buffer.reshape(1, -1, *buffer.shape[-2:])
     at = 0
     for block in blocks:
-        count = block.shape[axis]
-        rows[(slice(None),) * axis + (slice(at, at + count),)] = block
+        block.verify(path)
+        array = block.arrays[path]
+        count = array.shape[axis]
+        rows[(slice(None),) * axis + (slice(at, at + count),)] = array
         at += count
     return _put(buffer, like)

@@ -14,7 +14,7 @@ from gemtool.infer.grammar import Constraint
 from gemtool.infer.sampling import Sampling, sample
 
 if TYPE_CHECKING:
-    from gemtool.infer.engine import Sequence
+    from gemtool.infer.sequence import Sequence
 
 TILE = 2 * GUESSES
 """Positions of a step that checks guesses; before them are tokens that wait to be run again."""

@@ -13,8 +13,9 @@ import numpy as np
 
 from gemtool.errors import GemtoolError
 from gemtool.infer.contexts import Base
-from gemtool.infer.engine import Engine, Sequence
+from gemtool.infer.engine import Engine
 from gemtool.infer.pieces import GROUPS, Piece, Tile, check_span, pieces_of
+from gemtool.infer.sequence import Sequence
 from gemtool.stream.checked import Counts
 from gemtool.stream.context import BLOCK, STATE_EVERY, ContextHeader, ContextWriter
 from gemtool.stream.header import provenance

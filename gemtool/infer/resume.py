@@ -16,7 +16,7 @@ from gemtool.infer.contexts import Base
 from gemtool.infer.engine import Engine
 from gemtool.infer.prefill import Begun, Tally
 from gemtool.stream.checked import Counts
-from gemtool.stream.context import ContextReader, open_contexts, require_match
+from gemtool.stream.context import ContextReader, Part, open_contexts, require_match
 from gemtool.stream.lineage import whole_parts
 from gemtool.stream.spans import Span
 
@@ -61,14 +61,14 @@ def read_left(engine: Engine, path: Path) -> Left:
 def _read(engine: Engine, reader: ContextReader) -> tuple[Begun | None, int] | None:
     """None: the context is whole. Else what was begun, to the byte behind its last state; (None, 0):
     nothing that could be gone on with."""
-    blocks: list[Mapping[str, np.ndarray]] = []
+    blocks: list[Part] = []
     own: list[np.ndarray] = []
     found = last = _Point({}, 0, 0, Counts(), 0, 0)
     try:
         for part in whole_parts(reader):
             if part.part == "block":
                 found = last  # A state that nothing follows may be the one at the end.
-                blocks.append(part.arrays)
+                blocks.append(part)
                 if part.start >= reader.header.start:
                     own.append(part.arrays["tokens"])
             elif part.part == "state":

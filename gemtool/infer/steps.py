@@ -3,6 +3,7 @@ one that only writes keys and values, and what reads and grows the buffers betwe
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
@@ -15,13 +16,17 @@ from gemtool.model import transformer
 from gemtool.model.buffers import buffer_capacity, grow, read_rows
 from gemtool.model.cache import Cache, abstract_cache, constrain_cache, full_layers
 from gemtool.model.config import ModelConfig
-from gemtool.model.index import block_capacity
+from gemtool.model.index import block_capacity, position_capacity
 from gemtool.model.mesh import constrain
+from gemtool.model.pages import Pages, paged_layers
 from gemtool.model.params import Tree
 
 Buffers = tuple[dict[str, jax.Array], ...]
 """What grows with a context, of each unbounded layer: "k" and "v", as `gemtool.model.buffers` has
 them, and "landmarks" of one that is indexed."""
+
+PageTables = Mapping[int, Pages]
+"""Where the first positions of some layers lie, if not in buffers, by layer."""
 
 SCORED = 512
 """Positions that are scored at a time, at most: [512, V] is 32 MB at V = 16,384."""
@@ -39,25 +44,26 @@ class Scores(NamedTuple):
 
 
 def abstract_sequence(
-    config: ModelConfig, capacity: int, mesh: Mesh | None = None
+    config: ModelConfig, capacity: int, mesh: Mesh | None = None, behind: int | None = None
 ) -> tuple[Buffers, Cache]:
     """Shapes, dtypes and on a mesh shardings of the buffers and the state of a sequence with room for
-    `capacity` positions: what `scored_step` can be lowered with."""
-    return split(config, abstract_cache(config, 1, capacity, mesh))
+    `capacity` positions: what `scored_step` can be lowered with. `behind` as in `abstract_cache`."""
+    return split(config, abstract_cache(config, 1, capacity, mesh, behind))
 
 
-def join(config: ModelConfig, buffers: Buffers, state: Cache) -> Cache:
+def join(config: ModelConfig, buffers: Buffers, state: Cache, pages: PageTables) -> Cache:
     layers = list(state.layers)
     for index, own in zip(full_layers(config), buffers, strict=True):
         layer = replace(layers[index], k=own["k"], v=own["v"])
         if layer.index is not None:
             layer = replace(layer, index=replace(layer.index, landmarks=own["landmarks"]))
         layers[index] = layer
-    return Cache(state.length, tuple(layers))
+    return Cache(state.length, tuple(layers), pages)
 
 
 def split(config: ModelConfig, cache: Cache) -> tuple[Buffers, Cache]:
-    """The parts of a cache that are donated, and the small ones, which stay valid."""
+    """The parts of a cache that are donated, and the small ones, which stay valid; without pages, which
+    never change."""
     layers, buffers = list(cache.layers), []
     for at in full_layers(config):
         layer = layers[at]
@@ -90,10 +96,12 @@ def scored_step(
     valid: jax.Array,
     buffers: Buffers,
     state: Cache,
+    pages: PageTables,
 ) -> tuple[jax.Array, Buffers, Cache]:
-    """Runs tokens int32 [T], the first `valid` of them real; scores [V] after the last real one."""
+    """Runs tokens int32 [T], the first `valid` of them real, with the cache that `buffers`, `state` and
+    `pages` are parts of; scores [V] after the last real one."""
     x = _embedded(params, config, tokens, soft)
-    hidden, cache = transformer.step(params, config, x, join(config, buffers, state), valid)
+    hidden, cache = transformer.step(params, config, x, join(config, buffers, state, pages), valid)
     last = jax.lax.dynamic_index_in_dim(hidden[0], valid - 1, axis=0, keepdims=False)
     return transformer.logits(params, config, last), *split(config, constrain_cache(config, cache))
 
@@ -107,13 +115,14 @@ def logprobs_step(
     valid: jax.Array,
     buffers: Buffers,
     state: Cache,
+    pages: PageTables,
     before: jax.Array,
     top: int,
 ) -> tuple[Scores, jax.Array, Buffers, Cache]:
     """What `scored_step` does, and scores of all its tokens and of the `top` most likely in their
     places. `before` float32 [V] are the scores of the first, as the step before returned them."""
     x = _embedded(params, config, tokens, soft)
-    hidden, cache = transformer.step(params, config, x, join(config, buffers, state), valid)
+    hidden, cache = transformer.step(params, config, x, join(config, buffers, state, pages), valid)
     hidden = constrain(hidden[0], None, None)
     last = jax.lax.dynamic_index_in_dim(hidden, valid - 1, axis=0, keepdims=False)
     after = constrain(transformer.logits(params, config, last), None)
@@ -164,12 +173,13 @@ def each_scored_step(
     valid: jax.Array,
     buffers: Buffers,
     state: Cache,
+    pages: PageTables,
     count: int,
 ) -> tuple[jax.Array, Buffers, Cache]:
     """What `scored_step` does, with scores [count, V] after each of the last `count` real tokens; if
     there are fewer, after these and as many that are not."""
     x = _embedded(params, config, tokens, soft)
-    hidden, cache = transformer.step(params, config, x, join(config, buffers, state), valid)
+    hidden, cache = transformer.step(params, config, x, join(config, buffers, state, pages), valid)
     first = jnp.maximum(valid - count, 0)
     last = jax.lax.dynamic_slice_in_dim(constrain(hidden[0], None, None), first, count, axis=0)
     return transformer.logits(params, config, last), *split(config, constrain_cache(config, cache))
@@ -184,10 +194,11 @@ def kv_step(
     valid: jax.Array,
     buffers: Buffers,
     state: Cache,
+    pages: PageTables,
 ) -> tuple[Buffers, Cache]:
     """The part of `scored_step` that far later positions can see."""
     x = _embedded(params, config, tokens, soft)
-    cache = transformer.step_kv(params, config, x, join(config, buffers, state), valid)
+    cache = transformer.step_kv(params, config, x, join(config, buffers, state, pages), valid)
     return split(config, constrain_cache(config, cache))
 
 
@@ -199,28 +210,49 @@ def encode(
 
 
 @partial(jax.jit, static_argnames=("config", "size"))
-def read_block(config: ModelConfig, buffers: Buffers, start: jax.Array, size: int) -> Buffers:
-    """What buffers have of positions `start` to `start + size`, both whole blocks of their indices."""
-    found = []
+def read_block(
+    config: ModelConfig, buffers: Buffers, start: jax.Array, first: jax.Array, size: int
+) -> Buffers:
+    """What buffers have of positions `start` to `start + size`, both whole blocks of their indices.
+
+    `first` is the position of the first row of those that go on behind pages; what they give of
+    positions before it means nothing.
+    """
+    found, paged = [], paged_layers(config)
     for at, own in zip(full_layers(config), buffers, strict=True):
-        rows = {name: read_rows(own[name], start, size) for name in "kv"}
+        row = start - first if at in paged else start
+        rows = {name: read_rows(own[name], row, size) for name in "kv"}
         index = config.layer_kinds[at].index
         if index is not None:
-            first, count = start // index.block, size // index.block
-            rows["landmarks"] = jax.lax.dynamic_slice_in_dim(own["landmarks"], first, count, axis=3)
+            block, count = start // index.block, size // index.block
+            rows["landmarks"] = jax.lax.dynamic_slice_in_dim(own["landmarks"], block, count, axis=3)
         found.append(rows)
     return tuple(found)
 
 
-@partial(jax.jit, static_argnames=("config", "capacity"))
-def grown(config: ModelConfig, buffers: Buffers, capacity: int) -> Buffers:
-    """Buffers with room for `capacity` positions that begin as these."""
-    found = []
+def has_room(config: ModelConfig, buffers: Buffers, length: int, first: int) -> bool:
+    """Whether buffers have room for `length` positions in all; `first` as in `read_block`."""
+    paged = paged_layers(config)
     for at, own in zip(full_layers(config), buffers, strict=True):
-        new = {name: grow(own[name], capacity) for name in "kv"}
+        index = config.layer_kinds[at].index
+        if buffer_capacity(own["k"]) < (length - first if at in paged else length):
+            return False
+        if index is not None and position_capacity(index, own["landmarks"].shape[3]) < length:
+            return False
+    return True
+
+
+@partial(jax.jit, static_argnames=("config", "capacity", "behind"))
+def grown(config: ModelConfig, buffers: Buffers, capacity: int, behind: int) -> Buffers:
+    """Buffers with room for at least `capacity` positions that begin as these; those of layers that may
+    be paged have room for keys and values of `behind`."""
+    found, paged = [], paged_layers(config)
+    for at, own in zip(full_layers(config), buffers, strict=True):
+        new = {name: grow(own[name], behind if at in paged else capacity) for name in "kv"}
         index = config.layer_kinds[at].index
         if index is not None:
-            room = block_capacity(index, buffer_capacity(new["k"])) - own["landmarks"].shape[3]
+            blocks = block_capacity(index, max(capacity, buffer_capacity(new["k"])))
+            room = max(blocks - own["landmarks"].shape[3], 0)
             new["landmarks"] = jnp.pad(own["landmarks"], ((0, 0), (0, 0), (0, 0), (0, room)))
         found.append(new)
     return tuple(found)

@@ -13,6 +13,7 @@ followed an earlier "...ABC" and returns that token's value: recall in a single 
 
 An indexed layer is trained so. In a step its queries see the positions of some blocks only: their own,
 a few before it, and those that an index chooses (index.py). Where that is all blocks, it is the same.
+The first of them may lie in pages that are only read (pages.py).
 
 A step over new rows needs little of the past: `conv_tail` rows of x, and the keys and values within
 reach. Windows and chunks cache keys *before* rotation and rotate relative to the step, since float32
@@ -37,7 +38,6 @@ from gemtool.model.batch import Batch
 from gemtool.model.buffers import (
     buffer_attention,
     buffer_block_attention,
-    buffer_capacity,
     read_rows,
     write_rows,
 )
@@ -45,6 +45,7 @@ from gemtool.model.config import LayerKind, ModelConfig
 from gemtool.model.kinds import IndexConfig
 from gemtool.model.layers import norm, plain_rms_norm, round_to, unit_norm
 from gemtool.model.mesh import constrain
+from gemtool.model.pages import Pages, pages_of
 from gemtool.model.parallel import Others, cached_attention, chosen_blocks, packed_attention
 from gemtool.model.params import Tree
 from gemtool.model.rope import rotary
@@ -56,8 +57,8 @@ class LayerCache:
     """What one layer keeps of the past.
 
     `k`, `v`      in the config's `kv_dtype`. Full attention: a buffer (`buffers.py`), whose rows from
-                  the cache's length on are free. Window or chunk: [B, S, N, K], S is `window`, the
-                  last row newest.
+                  the cache's length on are free; it has none of positions that lie in pages.
+                  Window or chunk: [B, S, N, K], S is `window`, the last row newest.
     `tail`        float32 [B, conv_tail, D], the last normed hidden rows, newest last; zeros before
                   the beginning.
     `index`       of an indexed layer, else None.
@@ -187,17 +188,21 @@ def attend_cached(
     length: jax.Array,
     valid: jax.Array,
     source: LayerCache | None = None,
+    pages: Pages | None = None,
 ) -> tuple[jax.Array, LayerCache]:
     """Attention of T new positions over the cache and themselves.
 
     `x` [B, T, D] normed; `length` int32 [], positions already cached; `valid` int32 [], how many
     of the T are real; `source`, where the layer shares another's keys, the cache of that one with the
-    new positions added. Returns [B, T, D], of which rows from `valid` on mean nothing, and the cache
+    new positions added; `pages`, of an indexed layer, the keys and values of the first positions, which
+    its buffer then lacks. Returns [B, T, D], of which rows from `valid` on mean nothing, and the cache
     with the real rows added.
     """
-    extend: Callable[..., Extended] = _extend_bounded if kind.bounded else _extend_full
+    extend: Callable[..., Extended] = _extend_bounded
     if source is not None:
-        extend = partial(_extend_shared, source)
+        extend = partial(_extend_shared, source, pages)
+    elif not kind.bounded:
+        extend = partial(_extend_full, pages)
     kernels: dict[str, Callable[..., jax.Array]] = {
         "full": buffer_attention,
         "indexed": buffer_block_attention,
@@ -215,13 +220,15 @@ def write_keys(
     cache: LayerCache,
     length: jax.Array,
     valid: jax.Array,
+    pages: Pages | None = None,
 ) -> LayerCache:
     """The cache that `attend_cached` returns, without attending."""
-    extend = _extend_bounded if kind.bounded else _extend_full
+    extend = _extend_bounded if kind.bounded else partial(_extend_full, pages)
     return extend(p, config, kind, x, cache, length, valid)[-1]
 
 
 def _extend_full(
+    pages: Pages | None,
     p: Tree,
     config: ModelConfig,
     kind: LayerKind,
@@ -246,14 +253,16 @@ def _extend_full(
     if kind.index is not None and found is not None:
         vectors = constrain(index.key_vectors(p["index"], sources[1]), None, None, None)
         found = index.extend_keys(kind.index, found, vectors, length, valid)
+    start = length if pages is None else length - pages.length
     cache = LayerCache(
-        write_rows(cache.k, k, length), write_rows(cache.v, v, length), cache.tail, found
+        write_rows(cache.k, k, start), write_rows(cache.v, v, start), cache.tail, found
     )
-    return _attending(p, config, kind, sources, rows, cache, cache, (k, v), length, valid)
+    return _attending(p, config, kind, sources, rows, cache, cache, (k, v), pages, length, valid)
 
 
 def _extend_shared(
     source: LayerCache,
+    pages: Pages | None,
     p: Tree,
     config: ModelConfig,
     kind: LayerKind,
@@ -269,7 +278,7 @@ def _extend_shared(
     new = None
     if kind.index is None:
         new = read_rows(source.k, length, steps), read_rows(source.v, length, steps)
-    return _attending(p, config, kind, sources, rows, cache, source, new, length, valid)
+    return _attending(p, config, kind, sources, rows, cache, source, new, pages, length, valid)
 
 
 def _attending(
@@ -281,11 +290,13 @@ def _attending(
     cache: LayerCache,
     source: LayerCache,
     new: tuple[jax.Array, jax.Array] | None,
+    pages: Pages | None,
     length: jax.Array,
     valid: jax.Array,
 ) -> Extended:
-    """Queries to the buffers of `source`, which have the new positions; `new`, the keys and values of
-    these. The cache is that of the layer, whose tail and index still lack the queries."""
+    """Queries to the buffers of `source`, which have the new positions, and to the `pages` before
+    them; `new`, the keys and values of the new positions. The cache is that of the layer, whose tail
+    and index still lack the queries."""
     steps = sources[0].shape[1]
     positions = (length + jnp.arange(steps, dtype=jnp.int32))[None, :]
     q = _rotated(kind, _queries(p, config, kind, sources), positions)
@@ -294,8 +305,10 @@ def _attending(
     cache = dataclasses.replace(cache, tail=tail)
     if kind.index is None:
         return q, source.k, source.v, {"new": new, "length": length}, cache
-    cache, blocks = _chosen(p["index"], kind.index, sources[0], cache, source, positions[0], valid)
-    attended = {"blocks": blocks, "block": kind.index.block, "length": length}
+    cache, blocks = _chosen(
+        p["index"], kind.index, sources[0], cache, source, pages, positions[0], valid
+    )
+    attended = {"blocks": blocks, "block": kind.index.block, "length": length, "pages": pages}
     return q, source.k, source.v, attended, cache
 
 
@@ -305,11 +318,12 @@ def _chosen(
     x: jax.Array,
     cache: LayerCache,
     source: LayerCache,
+    pages: Pages | None,
     positions: jax.Array,
     valid: jax.Array,
 ) -> tuple[LayerCache, jax.Array]:
-    """The cache with the index's queries at positions int32 [T], made from x [B, T, D]; and the blocks
-    int32 [B, T, C] of `source` that they attend to."""
+    """The cache with the index's queries at positions int32 [T], made from x [B, T, D], and with the
+    pages that they touch; and the blocks int32 [B, T, C] of `source` that they attend to."""
     assert cache.index is not None
     assert source.index is not None
     assert source.index.landmarks is not None
@@ -320,13 +334,20 @@ def _chosen(
         source.index.landmarks,
         candidates=index.candidates(config, positions),
         width=index.width(config, positions),
-        most=config.most(buffer_capacity(source.k)),
+        most=config.most(index.position_capacity(config, source.index.landmarks.shape[3])),
         sticky=config.sticky,
     )
     local = index.local_blocks(config, positions)
     local = jnp.broadcast_to(local[None], (*chosen.shape[:2], local.shape[1]))
-    cache = dataclasses.replace(cache, index=own)
-    return cache, jnp.concatenate([local, chosen], axis=2)
+    blocks = jnp.concatenate([local, chosen], axis=2)
+    if pages is not None:
+        assert own.touched is not None
+        # What nobody looks at need not be read.
+        real = jnp.arange(len(positions), dtype=jnp.int32) < valid
+        blocks = jnp.where(real[None, :, None], blocks, -1)
+        touched = own.touched | pages_of(blocks, config.block, pages)
+        own = dataclasses.replace(own, touched=touched)
+    return dataclasses.replace(cache, index=own), blocks
 
 
 def _extend_bounded(

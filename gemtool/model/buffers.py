@@ -37,6 +37,7 @@ from gemtool.model.mesh import (
     device_count,
     partition,
 )
+from gemtool.model.pages import Pages, paged_block_attention
 
 RUN = 4096
 """Positions that are dealt to a device at a time; as many as a block of a context file has."""
@@ -70,9 +71,9 @@ def buffer_capacity(buffer: jax.Array) -> int:
 
 
 def grow(buffer: jax.Array, capacity: int) -> jax.Array:
-    """A buffer with room for `capacity` positions that begins with the rows of this one."""
+    """A buffer with room for at least `capacity` positions that begins with the rows of this one."""
     per_round = math.prod(buffer.shape[2:-2])
-    more = -(-capacity // per_round) - buffer.shape[1]
+    more = max(-(-capacity // per_round) - buffer.shape[1], 0)
     grown = jnp.pad(buffer, [(0, more if axis == 1 else 0) for axis in range(buffer.ndim)])
     return constrain(grown, *buffer_axes(buffer.shape[-2], current_mesh()))
 
@@ -210,11 +211,13 @@ def buffer_block_attention(
     block: int,
     length: jax.Array,
     sink: jax.Array | None,
+    pages: Pages | None = None,
     **options: Any,
 ) -> jax.Array:
     """Attention of T new positions to some blocks of all positions, causal.
 
     On a mesh each device attends to those of the blocks that it holds, and what they find is merged.
+    There, no positions lie in pages.
 
     Args:
         q: [B, T, H, K].
@@ -224,6 +227,7 @@ def buffer_block_attention(
         block: positions of a block.
         length: int32 [], positions before the new ones.
         sink: [H] or None.
+        pages: what lies before the first row of the buffers, if anything does.
         options: those of `partial_block_attention`.
 
     Returns:
@@ -231,6 +235,10 @@ def buffer_block_attention(
     """
     mesh = current_mesh()
     options = {**options, "block": block}
+    if pages is not None:
+        return paged_block_attention(
+            q, k, v, pages, blocks=blocks, length=length, sink=sink, **options
+        )
     if mesh is None:
         return block_attention(q, k, v, blocks, q_start=length, sink=sink, **options)
     spec = _spec(k, mesh)

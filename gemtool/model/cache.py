@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,21 +22,29 @@ from gemtool.model.buffers import Axes, buffer_axes, buffer_shape
 from gemtool.model.config import LayerKind, ModelConfig
 from gemtool.model.index import IndexCache, block_capacity
 from gemtool.model.mesh import constrain, current_mesh, partition
+from gemtool.model.pages import Pages, paged_layers
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:
-    """`length` int32 []: positions seen, by every sequence of the batch; `layers`: one each."""
+    """`length` int32 []: positions seen, by every sequence of the batch; `layers`: one each; `pages`:
+    by layer, where the first positions of some lie, if not in buffers."""
 
     length: jax.Array
     layers: tuple[LayerCache, ...]
+    pages: Mapping[int, Pages] = dataclasses.field(default_factory=dict)
 
 
 def abstract_cache(
-    config: ModelConfig, batch_size: int, capacity: int, mesh: Mesh | None = None
+    config: ModelConfig,
+    batch_size: int,
+    capacity: int,
+    mesh: Mesh | None = None,
+    behind: int | None = None,
 ) -> Cache:
-    """Shapes and dtypes of a cache that can take `capacity` positions, on a mesh with shardings.
+    """Shapes and dtypes of a cache that can take `capacity` positions, on a mesh with shardings; with
+    `behind`, of layers that may be paged only so many keys and values, those behind the pages.
 
     Buffers are dealt over the mesh as `buffers.py` says; windows and chunks are cut by key heads where
     the tensor axis divides these; the rest is everywhere, landmarks too.
@@ -46,16 +54,17 @@ def abstract_cache(
         where = None if mesh is None else NamedSharding(mesh, partition(axes, shape, mesh))
         return jax.ShapeDtypeStruct(tuple(shape), dtype, sharding=where)
 
-    layers = []
-    for kind in config.layer_kinds:
-        size = (batch_size, capacity, kind.kv_heads, kind.head_dim)
+    layers, paged = [], frozenset[int]() if behind is None else paged_layers(config)
+    for at, kind in enumerate(config.layer_kinds):
+        room = behind if behind is not None and at in paged else capacity
+        size = (batch_size, room, kind.kv_heads, kind.head_dim)
         shape = (batch_size, kind.window, *size[2:]) if kind.bounded else buffer_shape(*size, mesh)
         rows = None if kind.shares else array(shape, jnp.dtype(config.kv_dtype), _axes(kind, mesh))
         tail = array((batch_size, kind.conv_tail, config.d_model), jnp.float32, (None,) * 3)
         index = None
         if kind.index is not None:
             found = kind.index
-            blocks = block_capacity(found, math.prod(shape[1:-2]))
+            blocks = block_capacity(found, max(capacity, math.prod(shape[1:-2])))
             sizes = {
                 "landmarks": (batch_size, found.landmarks, found.dim, blocks),
                 "pending": (batch_size, found.block, found.dim + found.landmarks),
@@ -95,7 +104,7 @@ def constrain_cache(config: ModelConfig, cache: Cache) -> Cache:
             lambda x: constrain(x, *(None,) * x.ndim), (layer.tail, layer.index)
         )
         layers.append(LayerCache(k, v, tail, index))
-    return Cache(constrain(cache.length), tuple(layers))
+    return dataclasses.replace(cache, length=constrain(cache.length), layers=tuple(layers))
 
 
 def _axes(kind: LayerKind, mesh: Any | None) -> Axes:
@@ -124,7 +133,31 @@ def map_state(config: ModelConfig, cache: Cache, change: Callable[[str, Any], An
             parts = {name: change(where + name, x) for name, x in kept.items() if x is not None}
             new["index"] = dataclasses.replace(layer.index, **parts)
         layers.append(dataclasses.replace(layer, **new))
-    return Cache(change("length", cache.length), tuple(layers))
+    return dataclasses.replace(cache, length=change("length", cache.length), layers=tuple(layers))
+
+
+def untouched(config: ModelConfig, cache: Cache, pages: int) -> Cache:
+    """The cache, with no page touched of so many that there is room for."""
+    none = np.zeros(pages, np.bool)
+    paged = paged_layers(config)
+    layers = list(cache.layers)
+    for at, layer in enumerate(layers):
+        if config.source(at) in paged:
+            assert layer.index is not None
+            layers[at] = dataclasses.replace(
+                layer, index=dataclasses.replace(layer.index, touched=jnp.asarray(none))
+            )
+    return dataclasses.replace(cache, layers=tuple(layers))
+
+
+def touched_pages(config: ModelConfig, cache: Cache) -> dict[int, np.ndarray]:
+    """Numbers of the pages that were touched, int64 [n], by the layer whose keys they hold."""
+    found: dict[int, np.ndarray] = {}
+    for at, layer in enumerate(cache.layers):
+        if layer.index is not None and layer.index.touched is not None:
+            source, own = config.source(at), np.asarray(layer.index.touched)
+            found[source] = found[source] | own if source in found else own
+    return {at: np.flatnonzero(own) for at, own in found.items()}
 
 
 def state_arrays(config: ModelConfig, cache: Cache) -> dict[str, np.ndarray]:

@@ -30,24 +30,32 @@ from gemtool.model.params import Tree
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class IndexCache:
-    """What an index keeps of the past, all float32.
+    """What an index keeps of the past, float32 but for `touched`.
 
     `landmarks`  [B, M, I, J], those of whole blocks; what lies behind them means nothing. None where
                  the layer shares another's keys.
     `pending`    [B, P, I + M], vectors and logits of the keys of the block that is not whole yet; or
                  None.
     `queries`    [B, sticky - 1, I], vectors of the last queries, newest last.
+    `touched`    bool [F], the pages (pages.py) in which some query attended to something; None where
+                 nothing lies in pages.
     """
 
     landmarks: jax.Array | None
     pending: jax.Array | None
     queries: jax.Array
+    touched: jax.Array | None = None
 
 
 def block_capacity(index: IndexConfig, capacity: int) -> int:
     """Blocks that landmarks have room for where positions have `capacity`: a step writes those of the
     positions that it is padded with too."""
     return capacity // index.block + 2
+
+
+def position_capacity(index: IndexConfig, blocks: int) -> int:
+    """Positions that there is room for where landmarks have so much: what `block_capacity` was told."""
+    return (blocks - 2) * index.block
 
 
 def query_vectors(p: Tree, x: jax.Array) -> jax.Array:

@@ -194,7 +194,8 @@ def step(
         attend = partial(_cached, config, index, cache, layers, valid)
         x, layer, _ = _layer(params["layers"][str(index)], config, index, x, present, attend)
         layers.append(layer)
-    return norm(config, x, params["norm"]), Cache(cache.length + valid, tuple(layers))
+    extended = dataclasses.replace(cache, length=cache.length + valid, layers=tuple(layers))
+    return norm(config, x, params["norm"]), extended
 
 
 def step_kv(
@@ -218,9 +219,16 @@ def step_kv(
         with jax.named_scope(f"layer_{last}"):
             h = norm(config, x, p["attention_norm"])
             layers[last] = attention.write_keys(
-                p["attention"], config, kind, h, layers[last], cache.length, valid
+                p["attention"],
+                config,
+                kind,
+                h,
+                layers[last],
+                cache.length,
+                valid,
+                cache.pages.get(last),
             )
-    return Cache(cache.length + valid, tuple(layers))
+    return dataclasses.replace(cache, length=cache.length + valid, layers=tuple(layers))
 
 
 def tail_reach(config: ModelConfig) -> int:
@@ -280,7 +288,8 @@ def _cached(
     """`extended`: the caches of the layers before this one, with the new positions."""
     kind, layer = config.layer_kinds[index], cache.layers[index]
     source = extended[config.source(index)] if kind.shares else None
-    return attention.attend_cached(p, config, kind, h, layer, cache.length, valid, source)
+    pages = cache.pages.get(config.source(index))
+    return attention.attend_cached(p, config, kind, h, layer, cache.length, valid, source, pages)
 
 
 def _layer(

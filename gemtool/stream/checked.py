@@ -4,7 +4,8 @@ Arrow itself has no checksums, and reads a stream that was cut between two batch
 So a gemtool stream has, inside what any Arrow reader understands:
 
 * in the schema's metadata, a JSON header (`gemtool`) and its CRC-32 (`gemtool.crc32`);
-* in each batch's custom metadata, the CRC-32 of the batch (`crc32`);
+* in each batch's custom metadata, the CRC-32 of the batch (`crc32`), and where its rows are to be
+  verified one by one, when they are used, those of the rows (`crc32.rows`, JSON);
 * as last batch, one without rows whose custom metadata is the footer (`gemtool.footer`, JSON):
   counts and a running checksum. A stream without it is truncated.
 
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, BinaryIO
 
@@ -218,9 +219,13 @@ class CheckedWriter:
             self._sink.is_open = True
         self._counts = after or Counts()
 
-    def write(self, batch: pa.RecordBatch) -> None:
+    def write(self, batch: pa.RecordBatch, rows: Sequence[int] = ()) -> None:
+        """Appends a batch; `rows`, checksums of its rows, for readers that leave some of them out."""
         crc = batch_crc32(batch)
-        self._writer.write_batch(batch, custom_metadata={"crc32": str(crc)})
+        metadata = {"crc32": str(crc)}
+        if rows:
+            metadata["crc32.rows"] = json.dumps(list(rows), separators=(",", ":"))
+        self._writer.write_batch(batch, custom_metadata=metadata)
         self._counts = self._counts.plus(crc, batch.num_rows)
 
     def close(self, footer: dict[str, Any]) -> dict[str, Any]:
@@ -287,12 +292,24 @@ class CheckedReader:
 
     def batches(self) -> Iterator[pa.RecordBatch]:
         """The batches, each verified before it is given; ends after a footer that agrees."""
+        for batch, _ in self._entries(lazy=False):
+            yield batch
+
+    def lazy_batches(self) -> Iterator[tuple[pa.RecordBatch, tuple[int, ...]]]:
+        """The batches without a look at what they hold, each with the checksums of its rows, which
+        whoever uses a row compares. Without any, the writer gave none: it is verified as a whole.
+
+        That all batches are there, in their order, the footer's running checksum still tells.
+        """
+        return self._entries(lazy=True)
+
+    def _entries(self, lazy: bool) -> Iterator[tuple[pa.RecordBatch, tuple[int, ...]]]:
         while True:
             count = self.counts.batches
             where = f"record batch {count}"
             try:
                 batch, metadata = self._reader.read_next_batch_with_custom_metadata()
-                batch.validate()
+                batch.validate(full=lazy)  # nobody else has looked at its offsets then
             except StopIteration:
                 after = f" after record batch {count - 1}" if count else ""
                 raise self._damaged(f"{_CUT}: the stream ends{after} without its footer") from None
@@ -313,11 +330,25 @@ class CheckedReader:
                 self.footer = footer
                 self._skip_end_marker()
                 return
-            found_crc = batch_crc32(batch)
-            if str(found_crc).encode() != crc:
+            rows = self._row_checksums(fields, batch, where) if lazy else ()
+            if not rows and str(batch_crc32(batch)).encode() != crc:
                 raise self._damaged(f"{where} does not match its checksum")
-            self.counts = self.counts.plus(found_crc, batch.num_rows)
-            yield batch
+            if not crc.isdigit() or int(crc) >= 1 << 32:
+                raise self._damaged(f"{where} has no readable checksum")
+            self.counts = self.counts.plus(int(crc), batch.num_rows)
+            yield batch, rows
+
+    def _row_checksums(
+        self, fields: Mapping[bytes, bytes], batch: pa.RecordBatch, where: str
+    ) -> tuple[int, ...]:
+        """Those in the metadata of a batch; none where it has none."""
+        try:
+            rows = tuple(map(int, json.loads(fields.get(b"crc32.rows", b"[]"))))
+        except (ValueError, TypeError, RecursionError):
+            raise self._damaged(f"{where} has no readable checksums of its rows") from None
+        if len(rows) not in (0, batch.num_rows):
+            raise self._damaged(f"{where} has {len(rows)} checksums of {batch.num_rows} rows")
+        return rows
 
     def _object(self, encoded: bytes, what: str) -> dict[str, Any]:
         try:

@@ -10,7 +10,9 @@ batch is one *part*, a row one array:
   every 16th block, so that an interrupted prefill could go on there, and at the end;
 * `end`: the scores of the next token after the last one.
 
-The footer has the length, the tokens of each kind and hashes of tokens and media. The id of a
+Each row has a checksum of its own, so that a context can be opened without reading keys and values:
+these are verified when they are used. The footer has the length, the tokens of each kind and hashes
+of tokens and media. The id of a
 context is the SHA-256 of its footer. Anything that reads Arrow reads this: `data` holds `shape`
 values of `dtype`, C order, little endian.
 """
@@ -22,11 +24,9 @@ import hashlib
 import itertools
 import json
 import math
-import mmap
-import os
-import stat
+import zlib
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -37,6 +37,7 @@ from gemtool.errors import CorruptInput, GemtoolError
 from gemtool.stream.checked import CheckedReader, CheckedWriter, Counts, Source, encode_json
 from gemtool.stream.columns import binary_view, large_binary
 from gemtool.stream.files import display_name, is_stdin, open_input
+from gemtool.stream.mapped import MappedSource, source_of
 
 VERSION = 1
 BLOCK = 4096
@@ -158,6 +159,17 @@ def _layout_text(header: ContextHeader) -> str:
 
 
 @dataclass(frozen=True)
+class Unverified:
+    """Which arrays of a part nobody has compared with their checksums, and where they are from."""
+
+    name: str
+    """Of the file, in messages."""
+    source: MappedSource
+    checksums: Mapping[str, int]
+    """By path."""
+
+
+@dataclass(frozen=True)
 class Part:
     """One record batch of a context."""
 
@@ -169,6 +181,27 @@ class Part:
     """Token behind the last."""
     arrays: Mapping[str, np.ndarray]
     """By path: "tokens", "logits", "layers/2/k"."""
+    unverified: Unverified | None = None
+
+    def crc32(self, path: str) -> int:
+        """The checksum of one of its arrays, with what the file says about it."""
+        array = self.arrays[path]
+        about = f"{self.part} {self.start} {self.stop} {path} {array.dtype.name} {array.shape}"
+        data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+        return zlib.crc32(data, zlib.crc32(about.encode()))
+
+    def verify(self, path: str) -> None:
+        """Compares an array with its checksum, unless that was done when it was read.
+
+        Raises:
+            CorruptInput: it is damaged.
+        """
+        lazy = self.unverified
+        if lazy is not None and path in lazy.checksums and lazy.checksums[path] != self.crc32(path):
+            raise CorruptInput(
+                f"{lazy.name}: near byte {lazy.source.offset(self.arrays[path]):,}: {path} of tokens "
+                f"{self.start:,} to {self.stop:,} does not match its checksum"
+            )
 
 
 @dataclass(frozen=True)
@@ -273,7 +306,8 @@ class ContextWriter:
             pa.array([array.dtype.name for array in arrays], pa.string()),
             large_binary(arrays),
         ]
-        self._writer.write(pa.RecordBatch.from_arrays(columns, schema=schema))
+        rows = [part.crc32(path) for path in part.arrays]
+        self._writer.write(pa.RecordBatch.from_arrays(columns, schema=schema), rows)
 
 
 def _split(path: str) -> tuple[int | None, str]:
@@ -299,6 +333,7 @@ class ContextReader:
         self, source: Source, name: str, folder: Path | None = None, index: int = 0
     ) -> None:
         self.folder, self.index = folder or Path(), index
+        self._source = source
         self._stream = CheckedReader(source, name, stream="context", version=VERSION)
         if not self._stream.schema.equals(CONTEXT_SCHEMA):
             raise CorruptInput(f"{name}: the columns are not those of a context")
@@ -311,6 +346,7 @@ class ContextReader:
             raise CorruptInput(f"{name}: begins at token {start:,}, which no parent ends with")
         self.name = name
         self.footer: dict[str, Any] = {}
+        self._lazy = False
         self._parts = self._read()
 
     @property
@@ -328,12 +364,16 @@ class ContextReader:
         """The context's id, once `parts` is exhausted."""
         return context_id(self.footer)
 
-    def parts(self) -> Iterator[Part]:
+    def parts(self, lazy: bool = False) -> Iterator[Part]:
         """The parts in order, each verified before it is given. Arrays are views of the input.
+
+        With `lazy`, of a file that is mapped, the keys and values of blocks are not: they are not even
+        read. Whoever uses one calls `Part.verify` first.
 
         Raises:
             CorruptInput: damaged or truncated, or its parts do not fit together.
         """
+        self._lazy = lazy and isinstance(self._source, MappedSource)
         return self._parts
 
     def rows(self) -> Iterator[Row]:
@@ -344,8 +384,7 @@ class ContextReader:
 
     def _read(self) -> Iterator[Part]:
         length, ended, tokens = self.header.start, False, hashlib.sha256()
-        for batch in self._stream.batches():
-            part = _part_of(batch, self.name)
+        for part in self._lazy_parts() if self._lazy else self._whole_parts():
             if ended or part.start != length or part.stop < length:
                 raise CorruptInput(
                     f"{self.name}: a {part.part} of tokens {part.start:,} to {part.stop:,} "
@@ -367,6 +406,29 @@ class ContextReader:
                 raise CorruptInput(f"{self.name}: the footer does not agree with the parts ({key})")
         self.footer = self._stream.footer
 
+    def _whole_parts(self) -> Iterator[Part]:
+        for batch in self._stream.batches():
+            yield _part_of(batch, self.name)
+
+    def _lazy_parts(self) -> Iterator[Part]:
+        source = self._source
+        assert isinstance(source, MappedSource)
+        for batch, rows in self._stream.lazy_batches():
+            try:
+                part = _part_of(batch, self.name)
+                checksums = dict(zip(part.arrays, rows, strict=bool(rows)))
+            except (ValueError, TypeError) as problem:
+                count = self._stream.counts.batches - 1
+                raise CorruptInput(
+                    f"{self.name}: record batch {count} cannot be read ({problem})"
+                ) from None
+            part = replace(part, unverified=Unverified(self.name, source, checksums))
+            for path in part.arrays:
+                if part.part != "block" or path.rpartition("/")[2] not in ("k", "v"):
+                    part.verify(path)
+                    checksums.pop(path, None)
+            yield part
+
 
 def _part_of(batch: pa.RecordBatch, name: str) -> Part:
     columns = {key: batch.column(key).to_pylist() for key in batch.schema.names if key != "data"}
@@ -387,35 +449,6 @@ def _part_of(batch: pa.RecordBatch, name: str) -> Part:
     return Part(kind, start, stop, arrays)
 
 
-class _MappedSource(Source):
-    """A memory-mapped file: what is read are views of it, not copies."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        super().__init__(file)
-        self._view = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-        self._from = self._at = file.tell()
-
-    def read(self, size: int | None = -1) -> Any:
-        stop = len(self._view) if size is None or size < 0 else self._at + size
-        data = self._view[self._at : stop]
-        self._at += len(data)
-        self.is_short |= self._at < stop
-        self.position = self._at - self._from
-        return data
-
-    def peek(self, size: int) -> bytes:
-        return bytes(self._view[self._at : self._at + size])
-
-
-def _source(file: BinaryIO) -> Source:
-    """A mapped source of a regular file (also one redirected to stdin), else one that reads."""
-    with contextlib.suppress(OSError, ValueError):
-        status = os.fstat(file.fileno())
-        if stat.S_ISREG(status.st_mode) and status.st_size:
-            return _MappedSource(file)
-    return Source(file)
-
-
 @contextlib.contextmanager
 def open_contexts(path: str | None) -> Iterator[Iterator[ContextReader]]:
     """Opens a file (memory-mapped) or stdin that holds one or more contexts.
@@ -428,7 +461,7 @@ def open_contexts(path: str | None) -> Iterator[Iterator[ContextReader]]:
     """
     name = display_name(path)
     with open_input(path) as file:
-        source = _source(file)
+        source = source_of(file)
         yield read_contexts(source, name, None if is_stdin(path) else Path(str(path)).parent)
 
 

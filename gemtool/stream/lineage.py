@@ -27,19 +27,20 @@ Place = tuple[str, int]
 """A file and which of its contexts."""
 
 
-def whole_parts(reader: ContextReader) -> Iterator[Part]:
+def whole_parts(reader: ContextReader, lazy: bool = False) -> Iterator[Part]:
     """The parts of a context as if it were one file: its ancestors' blocks, then all of its own.
 
-    What is given is only known to be right at the end: use none of it before.
+    What is given is only known to be right at the end: use none of it before. `lazy` as in
+    `ContextReader.parts`.
 
     Raises:
         CorruptInput: one of the files is damaged, or they continue one another in a circle.
         GemtoolError: a parent is missing or is not what was continued.
     """
-    return _whole_parts(reader, frozenset())
+    return _whole_parts(reader, frozenset(), lazy)
 
 
-def _whole_parts(reader: ContextReader, seen: frozenset[Place]) -> Iterator[Part]:
+def _whole_parts(reader: ContextReader, seen: frozenset[Place], lazy: bool) -> Iterator[Part]:
     header, parent = reader.header, reader.header.parent
     if parent is not None:
         path = reader.folder / parent.path
@@ -57,7 +58,7 @@ def _whole_parts(reader: ContextReader, seen: frozenset[Place]) -> Iterator[Part
                 raise _changed(reader, path, "it holds fewer contexts")
             require_match(found.header, header, found.name)
             end = 0
-            for part in _whole_parts(found, seen | {place}):
+            for part in _whole_parts(found, seen | {place}, lazy):
                 if part.part == "block" and part.start < header.start:
                     end = part.stop
                     yield part
@@ -68,7 +69,7 @@ def _whole_parts(reader: ContextReader, seen: frozenset[Place]) -> Iterator[Part
                     f"{reader.name}: begins at token {header.start:,}, its parent {path} has "
                     f"whole blocks to {end:,}"
                 )
-    yield from reader.parts()
+    yield from reader.parts(lazy)
 
 
 def _nth(contexts: Iterator[ContextReader], index: int) -> ContextReader | None:
