@@ -89,7 +89,7 @@ def write_gguf(
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, settings["num_hidden_layers"])
     for name, array in weights.items():
         kept = array.astype("float32" if array.ndim == 1 else dtype)
-        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)) + ".weight", kept)
+        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), kept)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -130,10 +130,11 @@ class LlamaCpp:
     Args:
         folder: of `formats.write_model`.
         weights: "float32" or "float16", which of its files; keys and values are float16, its default.
+        flash: attend as it does by default, or by matrix multiplications.
         capacity: positions that it has room for.
     """
 
-    def __init__(self, folder: str, weights: str, capacity: int) -> None:
+    def __init__(self, folder: str, weights: str, flash: bool, capacity: int) -> None:
         import llama_cpp
 
         self._library: Any = llama_cpp
@@ -148,6 +149,8 @@ class LlamaCpp:
         options = llama_cpp.llama_context_default_params()
         options.n_ctx, options.n_batch = capacity, min(capacity, 2048)
         options.n_threads = options.n_threads_batch = 1
+        if not flash:
+            options.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
         self._context = self._made(llama_cpp.llama_init_from_model(self._model, options))
         self._memory = llama_cpp.llama_get_memory(self._context)
         vocab = llama_cpp.llama_model_get_vocab(self._model)

@@ -169,9 +169,9 @@ def test_contexts_are_compared_and_agree(
     assert all(row["ratio"] > 0 for row in rows)
     differences = [row["difference"] for row in rows if "difference" in row]
     assert len(differences) == 3 * len(peers)
-    assert all(0 < difference < contexts.TOLERANCE for difference in differences)
+    assert all(0 < difference < contexts.FLASH_TOLERANCE for difference in differences)
     with pytest.raises(SystemExit, match=r"the scores of x differ by 0\.5"):
-        contexts.differences({"gemtool": [1.0, 2.0], "x": [1.5, 2.0]})
+        contexts.differences({"gemtool": [1.0, 2.0], "x": [1.5, 2.0]}, {"x": 0.1})
 
 
 def test_weights_have_the_names_of_llama_cpp(
