@@ -313,6 +313,54 @@ def test_buffers_are_not_copied(length: int) -> None:
     assert program.memory_analysis().temp_size_in_bytes < 2**23
 
 
+@pytest.mark.parametrize("impl", operations.PAGED_IMPLEMENTATIONS)
+@pytest.mark.parametrize("length", [1, 40])
+@pytest.mark.parametrize("kv_heads", [1, 2])
+def test_pages_anywhere_in_memory(impl: str, length: int, kv_heads: int) -> None:
+    """In any order, with other things between them; as if their keys were in buffers."""
+    block, page, count, dim = 4, 16, 5, 8
+    rng = np.random.default_rng(length)
+    q = normal(1, 2, length, 4, dim)
+    k, v = normal(2, 2, 1, count * page, kv_heads, dim).astype(np.float16)
+    numbers = range(count * page // block)
+    blocks = np.array([rng.permutation(numbers)[:6] for _ in range(2 * length)], np.int32)
+    blocks = blocks.reshape(2, length, 6)
+    blocks[:, :, 2] = -1
+    blocks[0, 0] = -1
+    rows = page * kv_heads * dim // 4  # of a page, of four values each
+    memory, table = normal(3, 13 * rows, 4).astype(np.float16), np.zeros((2, count), np.int32)
+    for slot, (which, at) in enumerate(rng.permutation(np.argwhere(np.ones((2, count))))):
+        table[which, at] = slot * (rows + 3) + 1
+        keys = (k, v)[which][0, at * page : (at + 1) * page]
+        memory[table[which, at] : table[which, at] + rows] = keys.reshape(rows, 4)
+    options: dict[str, Any] = {"block": block, "scale": 0.3, "soft_cap": 5.0}
+    found = jax.jit(
+        functools.partial(
+            operations.paged_block_attention, page=page, kv_heads=kv_heads, impl=impl, **options
+        )
+    )(q, memory, table, blocks)
+    everywhere = (np.repeat(x, 2, axis=0) for x in (k, v))
+    wanted = operations.partial_block_attention(
+        q, *everywhere, blocks, q_start=count * page, impl="reference", **options
+    )
+    for a, b in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"block": 3}, "no whole rows"), ({"page": 6}, "no whole blocks"), ({"table": (3, 1)}, "got")],
+)
+def test_pages_that_do_not_fit(change: dict[str, Any], message: str) -> None:
+    given: dict[str, Any] = {"block": 4, "page": 16, "kv_heads": 1, "table": (2, 1), **change}
+    table = np.zeros(given.pop("table"), np.int32)
+    blocks = np.zeros((1, 1, 1), np.int32)
+    with pytest.raises(ValueError, match=message):
+        operations.paged_block_attention(
+            normal(1, 1, 1, 1, 8), normal(2, 32, 16), table, blocks, **given
+        )
+
+
 @pytest.mark.parametrize("impl", FAST)
 def test_attention_of_huge_scores_is_finite(impl: str) -> None:
     q, k, v = (normal(i, 1, 32, 2, 8, scale=1e4 if i < 3 else 1) for i in (1, 2, 3))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -132,6 +133,7 @@ def test_guesses(engine: Engine, chain: Path) -> None:
     assert found.drafted
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="asks /proc what is mapped")
 def test_keys_stay_in_the_files(engine: Engine, chain: Path) -> None:
     sequence = load(engine, chain).sequence
     assert paged_layers(engine.config) == {0}

@@ -224,7 +224,12 @@ def write_keys(
 ) -> LayerCache:
     """The cache that `attend_cached` returns, without attending."""
     extend = _extend_bounded if kind.bounded else partial(_extend_full, pages)
-    return extend(p, config, kind, x, cache, length, valid)[-1]
+    extended = extend(p, config, kind, x, cache, length, valid)[-1]
+    if extended.index is None or cache.index is None:
+        return extended
+    # Nobody attends, so no page is touched, and the compiler drops the choice of blocks.
+    own = dataclasses.replace(extended.index, touched=cache.index.touched)
+    return dataclasses.replace(extended, index=own)
 
 
 def _extend_full(

@@ -37,7 +37,7 @@ from gemtool.model.mesh import (
     device_count,
     partition,
 )
-from gemtool.model.pages import Pages, paged_block_attention
+from gemtool.model.pages import Pages, attend_with_pages
 
 RUN = 4096
 """Positions that are dealt to a device at a time; as many as a block of a context file has."""
@@ -236,9 +236,7 @@ def buffer_block_attention(
     mesh = current_mesh()
     options = {**options, "block": block}
     if pages is not None:
-        return paged_block_attention(
-            q, k, v, pages, blocks=blocks, length=length, sink=sink, **options
-        )
+        return attend_with_pages(q, k, v, pages, blocks=blocks, length=length, sink=sink, **options)
     if mesh is None:
         return block_attention(q, k, v, blocks, q_start=length, sink=sink, **options)
     spec = _spec(k, mesh)

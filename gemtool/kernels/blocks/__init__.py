@@ -17,17 +17,29 @@ from gemtool.kernels.blocks.reference import (
     block_attention_reference,
     block_scores,
     choose_blocks_reference,
+    paged_block_attention_reference,
 )
 from gemtool.kernels.blocks.select import choose_blocks_xla
-from gemtool.kernels.blocks.xla import block_attention_xla
+from gemtool.kernels.blocks.xla import block_attention_xla, paged_block_attention_xla
 from gemtool.kernels.dispatch import deferred, dispatch
 
-__all__ = ["block_attention", "block_scores", "choose_blocks", "partial_block_attention"]
+__all__ = [
+    "block_attention",
+    "block_scores",
+    "choose_blocks",
+    "paged_block_attention",
+    "partial_block_attention",
+]
 
 IMPLEMENTATIONS = {
     "pallas_tpu": deferred("gemtool.kernels.blocks.pallas_tpu", "block_attention_pallas_tpu"),
     "xla": block_attention_xla,
     "reference": block_attention_reference,
+}
+
+PAGED_IMPLEMENTATIONS = {
+    "xla": paged_block_attention_xla,
+    "reference": paged_block_attention_reference,
 }
 
 CHOICE_IMPLEMENTATIONS = {
@@ -135,6 +147,70 @@ def partial_block_attention(
         scale=dim**-0.5 if scale is None else float(scale),
         soft_cap=soft_cap,
         sink=sink,
+    )
+
+
+def paged_block_attention(
+    q: jax.Array,
+    memory: jax.Array,
+    table: jax.Array,
+    blocks: jax.Array,
+    *,
+    block: int,
+    page: int,
+    kv_heads: int,
+    scale: float | None = None,
+    soft_cap: float | None = None,
+    impl: str | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Attend from each query to all keys of some blocks, which lie in pages anywhere in a memory.
+
+    Page f is the keys `f * page` up to `(f + 1) * page`, [page, KV, D] in C order from row
+    `table[0, f]` of the memory on; so are its values, from row `table[1, f]` on. Work is as that of
+    `partial_block_attention`; of the memory only the blocks named are read.
+
+    Args:
+        q: [B, T, H, D] floating.
+        memory: [R, W] of any floating type; rows of W values, of which a block has a whole number.
+        table: int32 [2, F].
+        blocks: int32 [B, T, C], numbers below `F * page / block`, each at most once in a list; -1 is no
+            block.
+        block: keys of a block.
+        page: keys of a page, a multiple of `block`.
+        kv_heads: divides H.
+        scale: multiplies the scores; D ** -0.5 by default.
+        soft_cap: as in `partial_block_attention`.
+        impl: name of the implementation; by default the best of this platform.
+
+    Returns:
+        As `partial_block_attention`.
+
+    Raises:
+        ValueError: shapes or options do not fit together.
+    """
+    if q.ndim != 4 or memory.ndim != 2 or table.shape[:1] != (2,) or table.ndim != 2:
+        got = _shapes(q, memory, table)
+        raise ValueError(f"paged attention: expected [B, T, H, D], [R, W] and [2, F]; got {got}")
+    if blocks.ndim != 3 or blocks.shape[:2] != q.shape[:2]:
+        raise ValueError(f"paged attention: blocks are [B, T, C]; got {_shapes(blocks)}")
+    if block < 1 or page % block or block * kv_heads * q.shape[3] % memory.shape[1]:
+        raise ValueError(
+            f"paged attention: blocks of {block} keys are no whole rows of {memory.shape[1]} values, "
+            f"or pages of {page} no whole blocks"
+        )
+    return dispatch(
+        "paged block attention",
+        PAGED_IMPLEMENTATIONS,
+        impl,
+        q,
+        memory,
+        table,
+        jnp.asarray(blocks, jnp.int32),
+        block=block,
+        page=page,
+        kv_heads=kv_heads,
+        scale=q.shape[3] ** -0.5 if scale is None else float(scale),
+        soft_cap=soft_cap,
     )
 
 

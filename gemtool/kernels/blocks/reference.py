@@ -49,6 +49,34 @@ def block_attention_reference(
     return out, lse[..., 0].transpose(0, 2, 1)
 
 
+def paged_block_attention_reference(
+    q: jax.Array,
+    memory: jax.Array,
+    table: jax.Array,
+    blocks: jax.Array,
+    *,
+    block: int,
+    page: int,
+    kv_heads: int,
+    scale: float,
+    soft_cap: float | None,
+) -> tuple[jax.Array, jax.Array]:
+    """See `gemtool.kernels.blocks.paged_block_attention`."""
+    batch, dim = q.shape[0], q.shape[3]
+    rows = page * kv_heads * dim // memory.shape[1]
+    at = table[:, :, None] + jnp.arange(rows, dtype=jnp.int32)[None, None]
+    k, v = (
+        jnp.broadcast_to(
+            x.reshape(1, -1, kv_heads, dim), (batch, x.size // kv_heads // dim, kv_heads, dim)
+        )
+        for x in memory[at]
+    )
+    newest = jnp.where(blocks >= 0, jnp.int32(block - 1), -1)
+    return block_attention_reference(
+        q, k, v, blocks, newest, block=block, scale=scale, soft_cap=soft_cap, sink=None
+    )
+
+
 def block_scores(u: jax.Array, landmarks: jax.Array, *, sticky: int = 8) -> jax.Array:
     """The scores that `choose_blocks` compares: [B, T, NB] of all queries and blocks."""
     dtype = accumulator(u.dtype)

@@ -12,6 +12,8 @@ of whole blocks is faster than slices put together.
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -41,14 +43,72 @@ def block_attention_xla(
 ) -> tuple[jax.Array, jax.Array]:
     """See `gemtool.kernels.blocks.partial_block_attention`; `newest` int32 [B, T, C] is the last key
     seen of each block named, 0 .. block - 1, and -1 where there is none."""
+    kv_heads, dim = k.shape[2:]
+
+    def fetch(buffer: jax.Array, row: jax.Array, numbers: jax.Array) -> jax.Array:
+        at = jnp.stack([jnp.full_like(numbers, row), numbers * block], axis=1)
+        # Of the buffer as it is: a loop could get a copy of one that is reshaped.
+        return lax.gather(
+            buffer,
+            at,
+            lax.GatherDimensionNumbers(
+                offset_dims=(1, 2, 3), collapsed_slice_dims=(0,), start_index_map=(0, 1)
+            ),
+            slice_sizes=(1, block, kv_heads, dim),
+            mode=lax.GatherScatterMode.PROMISE_IN_BOUNDS,
+        )
+
+    sources = functools.partial(fetch, k), functools.partial(fetch, v)
+    exist = k.shape[1] // block
     with jax.named_scope("block_attention"):
-        return _forward(q, k, v, blocks, newest, block, scale, soft_cap, sink)
+        return _forward(q, sources, kv_heads, exist, blocks, newest, block, scale, soft_cap, sink)
+
+
+def paged_block_attention_xla(
+    q: jax.Array,
+    memory: jax.Array,
+    table: jax.Array,
+    blocks: jax.Array,
+    *,
+    block: int,
+    page: int,
+    kv_heads: int,
+    scale: float,
+    soft_cap: float | None,
+) -> tuple[jax.Array, jax.Array]:
+    """See `gemtool.kernels.blocks.paged_block_attention`."""
+    width, per_page = memory.shape[1], page // block
+    rows = block * kv_heads * q.shape[3] // width
+
+    def fetch(places: jax.Array, _: jax.Array, numbers: jax.Array) -> jax.Array:
+        at = places[numbers // per_page] + numbers % per_page * rows
+        return lax.gather(
+            memory,
+            at[:, None],
+            lax.GatherDimensionNumbers(
+                offset_dims=(1, 2), collapsed_slice_dims=(), start_index_map=(0,)
+            ),
+            slice_sizes=(rows, width),
+            mode=lax.GatherScatterMode.PROMISE_IN_BOUNDS,
+        )
+
+    sources = functools.partial(fetch, table[0]), functools.partial(fetch, table[1])
+    newest = jnp.where(blocks >= 0, jnp.int32(block - 1), -1)
+    exist = table.shape[1] * per_page
+    with jax.named_scope("paged_block_attention"):
+        return _forward(q, sources, kv_heads, exist, blocks, newest, block, scale, soft_cap, None)
+
+
+Fetch = Callable[[jax.Array, jax.Array], jax.Array]
+"""Batch row int32 [] and numbers int32 [n] -> the n * block * KV * D values of these blocks, as they
+follow one another in a buffer, in any shape."""
 
 
 def _forward(
     q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
+    sources: tuple[Fetch, Fetch],
+    kv_heads: int,
+    exist: int,
     blocks: jax.Array,
     newest: jax.Array,
     block: int,
@@ -56,8 +116,9 @@ def _forward(
     soft_cap: float | None,
     sink: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
+    """Keys and values come from `sources`, which have blocks of `kv_heads` up to number `exist`."""
     batch, length, heads, dim = q.shape
-    kv_heads, dtype = k.shape[2], accumulator(q.dtype)
+    dtype = accumulator(q.dtype)
     per_key = heads // kv_heads
     groups = -(-length // GROUP)  # of a batch row
     queries = -(-length // groups)
@@ -71,7 +132,7 @@ def _forward(
         x = jnp.pad(x, widths, constant_values=fill)
         return x.reshape(batch * groups, queries, *x.shape[2:])
 
-    union = _union(grouped(blocks, -1), grouped(newest, -1), k.shape[1] // block, at_once)
+    union = _union(grouped(blocks, -1), grouped(newest, -1), exist, at_once)
     # Rows are the queries of one key head: [B * groups, KV, R, D].
     q_rows = grouped(q.astype(dtype), 0).reshape(-1, queries, kv_heads, per_key, dim) * scale
     q_rows = q_rows.transpose(0, 2, 3, 1, 4).reshape(-1, kv_heads, rows, dim)
@@ -81,27 +142,16 @@ def _forward(
         step, own, named = item
         row = step // groups
 
-        def fetch(buffer: jax.Array, numbers: jax.Array) -> jax.Array:
+        def fetch(source: Fetch, numbers: jax.Array) -> jax.Array:
             """The blocks of those numbers, one after the other: [KV, keys, D]."""
-            at = jnp.stack([jnp.full_like(numbers, row), numbers * block], axis=1)
-            # Of the buffer as it is: a loop could get a copy of one that is reshaped.
-            tile = lax.gather(
-                buffer,
-                at,
-                lax.GatherDimensionNumbers(
-                    offset_dims=(1, 2, 3), collapsed_slice_dims=(0,), start_index_map=(0, 1)
-                ),
-                slice_sizes=(1, block, kv_heads, dim),
-                mode=lax.GatherScatterMode.PROMISE_IN_BOUNDS,
-            )
-            tile = tile.astype(dtype).reshape(-1, kv_heads, dim)
+            tile = source(row, numbers).astype(dtype).reshape(-1, kv_heads, dim)
             return tile.reshape(1, -1, dim) if kv_heads == 1 else tile.transpose(1, 0, 2)
 
         def visit(i: jax.Array, carry: Any) -> Any:
             top, total, acc = carry
             numbers = lax.dynamic_slice_in_dim(named.blocks, i * at_once, at_once)
             last = lax.dynamic_slice_in_dim(named.newest, i * at_once, at_once)
-            scores = jnp.einsum("hrd,hsd->hrs", own, fetch(k, numbers))
+            scores = jnp.einsum("hrd,hsd->hrs", own, fetch(sources[0], numbers))
             if soft_cap is not None:
                 scores = soft_cap * jnp.tanh(scores / soft_cap)
             # Made here, so that it is a part of the comparison: from outside the loop, twice the time.
@@ -114,7 +164,7 @@ def _forward(
             shrink = jnp.exp(top - new_top)
             total = total * shrink + masses.sum(axis=-1)
             acc = acc * shrink[..., None]
-            acc = acc + jnp.einsum("hrs,hsd->hrd", masses, fetch(v, numbers))
+            acc = acc + jnp.einsum("hrs,hsd->hrd", masses, fetch(sources[1], numbers))
             return new_top, total, acc
 
         # Hidden scores are -inf, and exp(-inf - NOTHING) is 0 where exp(-inf - -inf) would be NaN.
