@@ -33,6 +33,7 @@ from gemtool.model.config import ModelConfig
 from gemtool.model.kinds import IndexConfig
 from gemtool.model.mesh import make_mesh, open_mesh, param_shardings, parse_mesh
 from gemtool.model.params import abstract_params, init_params
+from gemtool.stream.context import Part
 from gemtool.stream.spans import Span
 from tests.conftest import Command
 
@@ -135,7 +136,8 @@ def saved(sequence: Sequence) -> tuple[list[dict[str, np.ndarray]], dict[str, np
 def restored(engine: Engine, sequence: Sequence) -> Sequence:
     blocks, state = saved(sequence)
     assert sequence.logits is not None
-    return engine.restore(sequence.length, [*blocks], state, sequence.logits)
+    parts = [Part("block", 64 * i, 64 * i + 64, arrays) for i, arrays in enumerate(blocks)]
+    return engine.restore(sequence.length, parts, state, sequence.logits)
 
 
 def answers(engine: Engine, context: Sequence) -> list[list[Any]]:
