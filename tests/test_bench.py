@@ -169,7 +169,7 @@ def test_contexts_are_compared_and_agree(
     assert all(row["ratio"] > 0 for row in rows)
     differences = [row["difference"] for row in rows if "difference" in row]
     assert len(differences) == 3 * len(peers)
-    assert all(0 < difference < contexts.FLASH_TOLERANCE for difference in differences)
+    assert all(0 < difference < contexts.TOLERANCE for difference in differences)  # short as it is
     with pytest.raises(SystemExit, match=r"the scores of x differ by 0\.5"):
         contexts.differences({"gemtool": [1.0, 2.0], "x": [1.5, 2.0]}, {"x": 0.1})
 
