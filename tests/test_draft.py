@@ -288,7 +288,7 @@ def test_turns_of_a_conversation_are_repeated_too(
     monkeypatch.setattr("gemtool.infer.engine.NgramDraft", Watched)
     prompts = [Prompt(text, max_tokens=9, draft=True) for text in ("One two.", "And?")]
     talk = Conversation(engine)
-    drafted = [answer.tokens for answer in talk.turns(prompts)]
+    drafted = [answer.tokens for _, answer in talk.turns(prompts)]
     first, second = histories
     assert np.array_equal(second[: -len(prompts[1].tokens(VOCAB))], talk.tokens[: len(first) + 10])
     plain = Conversation(engine).turns([replace(prompt, draft=False) for prompt in prompts])
