@@ -292,7 +292,7 @@ def test_turns_of_a_conversation_are_repeated_too(
     first, second = histories
     assert np.array_equal(second[: -len(prompts[1].tokens(VOCAB))], talk.tokens[: len(first) + 10])
     plain = Conversation(engine).turns([replace(prompt, draft=False) for prompt in prompts])
-    assert drafted == [answer.tokens for answer in plain]
+    assert drafted == [answer.tokens for _, answer in plain]
 
 
 def test_only_greedy_decoding_is_guessed(engine: Engine) -> None:
