@@ -126,6 +126,7 @@ def test_needed_operations_are_counted(model: Any) -> None:
     assert grown == weights + 4 * window.heads * window.head_dim * window.window
 
 
+@pytest.mark.slow
 def test_models_are_compared_and_agree(
     measure: Any, model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

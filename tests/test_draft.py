@@ -220,6 +220,7 @@ def test_scores_after_each_token(engine: Engine, count: int) -> None:
             np.testing.assert_allclose(row, live.logits, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_on_a_mesh(folder: Path, engine: Engine) -> None:
     mesh = open_mesh("expert=2,context=2,tensor=2", engine.config)
     spread = Engine(open_checkpoint(folder), 64, mesh=mesh)

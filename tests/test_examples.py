@@ -120,7 +120,14 @@ def made_by(commands: list[str]) -> set[str]:
     return set(re.findall(r"(?:-o|--ckpt) (\S+?)/?(?=\s|$)", joined))
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+# What gemtool.1 shows is what the README does.
+TESTED = [
+    pytest.param(page, id=page.name, marks=[pytest.mark.slow] * (page.name == "gemtool.1"))
+    for page in PAGES
+]
+
+
+@pytest.mark.parametrize("page", TESTED)
 def test_manual(page: Path, workplace: Path) -> None:
     commands = man_examples(page)
     assert commands, "a page without examples"

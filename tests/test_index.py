@@ -426,7 +426,7 @@ def sharing(attention: str = "indexed", layers: str = "LGLSSL", **changes: Any) 
     return dataclasses.replace(CONFIG, kinds=(WINDOW, source, sharer), layers=layers)
 
 
-@pytest.mark.parametrize("attention", ["full", "indexed"])
+@pytest.mark.parametrize("attention", [pytest.param("full", marks=pytest.mark.slow), "indexed"])
 def test_shared_keys_in_steps_equal_the_whole(attention: str) -> None:
     config = sharing(attention, **({"select": 32} if attention == "indexed" else {}))
     p, tokens = random_params(config), tokens_of(1)

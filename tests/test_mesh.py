@@ -150,7 +150,14 @@ def test_what_each_device_adds_is_added_once() -> None:
     require_equal(BIASED, text, params, batch, run(BIASED, params, batch))
 
 
-@pytest.mark.parametrize("text", ["fsdp=2,tensor=2,data=2", "expert=4,tensor=2", "context=2"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        pytest.param("fsdp=2,tensor=2,data=2", marks=pytest.mark.slow),
+        "expert=4,tensor=2",
+        pytest.param("context=2", marks=pytest.mark.slow),
+    ],
+)
 def test_what_an_index_and_negatives_do_is_the_same_on_a_mesh(text: str) -> None:
     kinds = {kind.letter: kind for kind in CONFIG.kinds}
     index = IndexConfig(block=4, landmarks=2, dim=4, hidden=8, local=1, select=2)

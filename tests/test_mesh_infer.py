@@ -80,12 +80,10 @@ INDEXED = dataclasses.replace(
 TILE = 56
 PROMPTS = tuple(np.random.default_rng(5).integers(64, 96, n).astype(np.int32) for n in (9, 40))
 MESHES = [
-    "fsdp=8",
-    "expert=8",
     "context=8",
-    "tensor=4",
     "context=4,tensor=2",
     "fsdp=2,expert=2,context=2",
+    *(pytest.param(text, marks=pytest.mark.slow) for text in ("fsdp=8", "expert=8", "tensor=4")),
     *(pytest.param(text, marks=pytest.mark.slow) for text in ("data=2", "context=3")),
     pytest.param("data=2,context=2,tensor=2", marks=pytest.mark.slow),
 ]
@@ -177,7 +175,14 @@ def indexed_alone() -> tuple[Engine, Sequence, list[list[Any]]]:
     return engine, context, answers(engine, context)
 
 
-@pytest.mark.parametrize("text", ["context=8", "context=2,tensor=4", "fsdp=2,expert=2,context=2"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        pytest.param("context=8", marks=pytest.mark.slow),
+        pytest.param("context=2,tensor=4", marks=pytest.mark.slow),
+        "fsdp=2,expert=2,context=2",
+    ],
+)
 def test_a_mesh_chooses_what_one_device_chooses(
     text: str,
     alone: tuple[Engine, Sequence, list[list[Any]]],
@@ -213,7 +218,9 @@ def likelihoods(engine: Engine) -> list[np.ndarray]:
     return [np.concatenate(parts)[1:] for parts in zip(*found, strict=True)]
 
 
-@pytest.mark.parametrize("text", ["tensor=4", "fsdp=2,expert=2,context=2"])
+@pytest.mark.parametrize(
+    "text", [pytest.param("tensor=4", marks=pytest.mark.slow), "fsdp=2,expert=2,context=2"]
+)
 def test_a_mesh_scores_every_token_as_one_device_does(
     text: str, indexed_alone: tuple[Engine, Sequence, list[list[Any]]]
 ) -> None:

@@ -43,6 +43,7 @@ def huge_pages() -> bool:
     return setting.exists() and "[always]" in setting.read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's malloc is set up")
 @pytest.mark.skipif(huge_pages(), reason="faults are of huge pages here")
 def test_a_program_runs_again_in_the_pages_it_had() -> None:

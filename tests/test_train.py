@@ -186,6 +186,7 @@ def test_a_run_on_a_mesh_is_the_run_on_one_device(gemtool, workshop, whole, tmp_
     np.testing.assert_allclose(rows, [row["loss"] for row in whole[0]], rtol=2e-3)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_on_another_mesh(gemtool, workshop, tmp_path):
     losses_on_a_mesh(gemtool, workshop, tmp_path / "a", "context=2,tensor=2", 4)
     shutil.copytree(tmp_path / "a", tmp_path / "b")
@@ -204,6 +205,7 @@ def losses_on_a_mesh(gemtool, workshop, run, mesh: str | None, steps: int) -> li
     return [row["loss"] for row in rows_of(done.stdout)]
 
 
+@pytest.mark.slow
 def test_a_loop_over_layers_is_the_same_run(gemtool, workshop, tmp_path):
     """Begun with a loop, resumed with one on a mesh and without: states hold either form."""
     deep = MODEL.replace('"LG"', '"LGLG"').replace("d_ff = 48", "d_ff = 48\ndense_layers = 0")
