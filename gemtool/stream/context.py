@@ -12,9 +12,8 @@ batch is one *part*, a row one array:
 
 Each row has a checksum of its own, so that a context can be opened without reading keys and values:
 these are verified when they are used. The footer has the length, the tokens of each kind and hashes
-of tokens and media. The id of a
-context is the SHA-256 of its footer. Anything that reads Arrow reads this: `data` holds `shape`
-values of `dtype`, C order, little endian.
+of tokens and media. The id of a context is the SHA-256 of its footer. Anything that reads Arrow reads
+this: `data` holds `shape` values of `dtype`, C order, little endian.
 """
 
 from __future__ import annotations
