@@ -1,13 +1,13 @@
 """Writes training documents for recall: JSONL for `gemtool tokenize`.
 
 Each document is a piece of text in which sentences "The special magic {key} number is: {number}." are
-hidden, near misses among them, followed by a chat that asks for some: in the words of the report, in
-others, for several in one turn, and for keys that are not there. One document in five has a wording of
-their own, of words of the text. Keys are words of the text too or made up, never the cities that
-`gemtool probe` asks for; text, paraphrases and near misses are not the probe's either: what is measured
-has not been seen in training.
+hidden, near misses and numbers that begin alike among them, followed by a chat that asks for some: in
+the words of the report, in others, for several in one turn, and for keys that are not there. One
+document in five has a wording of their own, of words of the text. Keys are words of the text too or
+made up, never the cities that `gemtool probe` asks for; text, paraphrases and near misses are not the
+probe's either: what is measured has not been seen in training.
 
-    python documents.py TEXT.txt.gz --documents 2400 > needles.jsonl
+    python documents.py TEXT.txt.gz --documents 6000 > needles.jsonl
 """
 
 from __future__ import annotations
@@ -112,8 +112,19 @@ def document(
         name = name_of(keys, rng)
         if name not in names:
             names.append(name)
-    low, high = 10 ** (NUMBER_DIGITS - 1), 10**NUMBER_DIGITS
-    hidden = [(name, str(rng.integers(low, high))) for name in names[:needles]]
+    numbers: list[str] = []
+
+    def number() -> str:
+        """At random, but of half of them the first digits are those of an earlier one: an answer that
+        begins right has still to be told from what else begins like it."""
+        new = str(rng.integers(10 ** (NUMBER_DIGITS - 1), 10**NUMBER_DIGITS))
+        if numbers and rng.random() < 0.5:
+            shared = int(rng.integers(1, NUMBER_DIGITS))
+            new = numbers[int(rng.integers(len(numbers)))][:shared] + new[shared:]
+        numbers.append(new)
+        return new
+
+    hidden = [(name, number()) for name in names[:needles]]
     own = made_up(words_of(sentences), rng) if rng.random() < 0.2 else None
     needle = NEEDLE if own is None else own[0] + " {number}."
 
@@ -121,15 +132,15 @@ def document(
         chosen.insert(int(rng.integers(len(chosen) + 1)), sentence)
 
     first = rng.random() < 0.2
-    for name, number in hidden[first:]:
-        hide(needle.format(city=name, number=number))
+    for name, digits in hidden[first:]:
+        hide(needle.format(city=name, number=digits))
     for _ in range(needles // 2):
         # Of a name that is asked for, or of one that is not there.
         name = names[int(rng.integers(needles + 1))]
-        hide(str(rng.choice(NEAR_MISSES)).format(city=name, number=rng.integers(low, high)))
+        hide(str(rng.choice(NEAR_MISSES)).format(city=name, number=number()))
     if first:  # where nothing goes before it
-        name, number = hidden[0]
-        chosen.insert(0, needle.format(city=name, number=number))
+        name, digits = hidden[0]
+        chosen.insert(0, needle.format(city=name, number=digits))
     order = [hidden[i] for i in rng.permutation(needles)]
     if rng.random() < 0.1:
         order.insert(
@@ -148,7 +159,7 @@ def document(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("text", type=Path, help="plain text, perhaps compressed with gzip")
-    parser.add_argument("--documents", type=int, default=2400)
+    parser.add_argument("--documents", type=int, default=6000)
     parser.add_argument("--words", type=int, default=400, help="words of text a document")
     parser.add_argument("--needles", type=int, default=4, help="needles, and questions, a document")
     parser.add_argument(
