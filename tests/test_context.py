@@ -149,7 +149,7 @@ def test_files_as_one_array(tmp_path: Path) -> None:
         for file, content in zip(files, contents, strict=True):
             file.write_bytes(content)
             descriptors.append(stack.enter_context(file.open("rb")).fileno())
-        memory, places = map_together(descriptors)
+        memory, places = map_together(descriptors, [1 << 14, 1 << 20])
     for place, content in zip(places, contents, strict=True):
         assert memory[place : place + len(content) + 9].tobytes() == content + bytes(9)
     assert not memory.flags.writeable

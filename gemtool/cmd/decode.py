@@ -28,8 +28,9 @@ from gemtool.cmd.options import (
 from gemtool.errors import CorruptInput, GemtoolError, NoInput, UsageError, reason
 
 if TYPE_CHECKING:
+    from gemtool.infer.answer import Answer
     from gemtool.infer.decode import Request
-    from gemtool.infer.engine import Answer, Engine
+    from gemtool.infer.engine import Engine
     from gemtool.infer.grammar import Grammar
     from gemtool.infer.text import Prompt
 

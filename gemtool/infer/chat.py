@@ -8,8 +8,9 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from gemtool.control import END_TURN
+from gemtool.infer.answer import Answer
 from gemtool.infer.contexts import Base
-from gemtool.infer.engine import Answer, Engine
+from gemtool.infer.engine import Engine
 from gemtool.infer.prefill import write_context
 from gemtool.infer.text import Prompt
 from gemtool.stream.spans import Span

@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from gemtool.errors import CorruptInput, GemtoolError, did_you_mean, not_json
+from gemtool.infer.answer import Answer
 from gemtool.infer.contexts import load_context
-from gemtool.infer.engine import Answer, Engine
+from gemtool.infer.engine import Engine
 from gemtool.infer.grammar import KINDS, Grammar
 from gemtool.infer.media import media_files
 from gemtool.infer.sampling import Sampling
+from gemtool.infer.sequence import Sequence
 from gemtool.infer.text import Prompt
+from gemtool.infer.together import answer_together
 from gemtool.stream.context import context_documents, open_contexts
 
 
@@ -149,8 +152,8 @@ def answers(
     """Answers requests, with the document that each answer is about.
 
     Without a cache, prompts are answered alone. Else the contexts are loaded one after the other
-    (one in memory at a time), and each answers, in order, the requests that are for it. With one
-    context, answers come in the order of the requests, each as soon as its request is there.
+    (one in memory at a time), and each answers, in order, the requests that are for it: those of a list
+    several at a time, others each as soon as it is there.
 
     Args:
         engine: the model.
@@ -168,9 +171,8 @@ def answers(
             if known is not None:
                 _require_document(request, known)
     if cache is None:
-        for request in requests:
-            _require_document(request, frozenset())
-            yield request, None, engine.answer(None, request.prompt, on_text)
+        for request, answer in _answered(engine, None, requests, on_text):
+            yield request, None, answer
         return
     coming, seen = iter(requests), list[Request]()
     found = set[str]()
@@ -179,11 +181,33 @@ def answers(
             doc = reader.header.doc
             found.add(doc)
             sequence = load_context(engine, reader).sequence
-            for request in _all(seen, coming):
-                if request.doc in (None, doc):
-                    yield request, doc, engine.answer(sequence, request.prompt, on_text)
-    for request in seen:
+            asked: Iterable[Request] = (
+                requests if isinstance(requests, list) else _all(seen, coming)
+            )
+            for request, answer in _answered(engine, sequence, asked, on_text, doc):
+                yield request, doc, answer
+    for request in requests if isinstance(requests, list) else seen:
         _require_document(request, found)
+
+
+def _answered(
+    engine: Engine,
+    context: Sequence | None,
+    requests: Iterable[Request],
+    on_text: Callable[[str], None] | None,
+    doc: str | None = None,
+) -> Iterator[tuple[Request, Answer]]:
+    """The requests that are for the document of a context, answered: those of a list together."""
+    if isinstance(requests, list):
+        chosen = [request for request in requests if request.doc in (None, doc)]
+        prompts = [request.prompt for request in chosen]
+        yield from zip(chosen, answer_together(engine, context, prompts, on_text), strict=True)
+        return
+    for request in requests:
+        if doc is None:
+            _require_document(request, frozenset())
+        if request.doc in (None, doc):
+            yield request, engine.answer(context, request.prompt, on_text)
 
 
 def _require_document(request: Request, known: Collection[str]) -> None:

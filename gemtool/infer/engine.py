@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import jax
@@ -21,8 +20,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gemtool.checkpoint import Checkpoint
-from gemtool.control import END_TURN, EOD
 from gemtool.errors import GemtoolError
+from gemtool.infer.answer import Answer, Answering
 from gemtool.infer.draft import NgramDraft
 from gemtool.infer.generate import Chooser, Step, chosen
 from gemtool.infer.grammar import Constraint, Constraints
@@ -30,10 +29,10 @@ from gemtool.infer.logprobs import Entries
 from gemtool.infer.mapped import MappedPages, can_map, mappable
 from gemtool.infer.media import read_media
 from gemtool.infer.pieces import Piece, Tile, pieces_of, tiles_of, tokens_of
-from gemtool.infer.sampling import Sampling, best, log_softmax
+from gemtool.infer.sampling import Sampling
 from gemtool.infer.sequence import PROMPT_TILE, Sequence, capacity_for
 from gemtool.infer.steps import abstract_sequence, encode
-from gemtool.infer.text import Prompt, TextStream
+from gemtool.infer.text import Prompt
 from gemtool.model import transformer
 from gemtool.model.cache import full_layers, map_state, untouched
 from gemtool.model.config import ModelConfig
@@ -56,29 +55,6 @@ def default_chunk(config: ModelConfig) -> int:
     least, most = CHUNKS
     rows = 0 if config.moe is None else EXPERT_ROWS * config.moe.experts // config.moe.top_k
     return min(max(least, 1 << (rows - 1).bit_length()), most)
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What a model said to a prompt."""
-
-    text: str
-    tokens: list[int]
-    """Without the token that ended the answer."""
-    finish: str
-    """"stop": the model ended its turn, a stop string came, or the grammar allows no more; "length":
-    max_tokens were chosen."""
-    prompt: int
-    """Tokens of the prompt."""
-    cached: int
-    """Tokens of the context before it."""
-    seconds: float
-    logprobs: list[dict[str, Any]]
-    """Where asked for, an entry a token: `token`, `text`, `logprob`, and `top`, the best tokens."""
-    drafted: int = 0
-    """Tokens that were guessed."""
-    accepted: int = 0
-    """Those of them that the model chose too."""
 
 
 class Engine:
@@ -144,15 +120,20 @@ class Engine:
         vocab = {"fingerprint": self.vocab.fingerprint, "size": self.vocab.size}
         return ContextHeader(doc, self.checkpoint.fingerprint, vocab, layout, self.config.kv_dtype)
 
-    def begin(self, expected: int = 0, reuse: Sequence | None = None) -> Sequence:
+    def begin(
+        self, expected: int = 0, reuse: Sequence | None = None, kept: int | None = None
+    ) -> Sequence:
         """An empty sequence with room for `expected` positions; it grows as needed. It takes the
-        buffers of `reuse`, if given, which cannot be used any more: what they hold nobody sees."""
+        buffers of `reuse`, if given, which cannot be used any more: what they hold nobody sees.
+        Where it will let go of positions (`gemtool.infer.spill`), so many are `kept`."""
 
         def empty(shapes: Any) -> Any:
             # Of numpy: those of jax would be a program to compile for each shape.
             return jax.tree.map(lambda x: _put(np.zeros(x.shape, x.dtype), x), shapes)
 
-        buffers, state = abstract_sequence(self.config, capacity_for(max(expected, 1)), self.mesh)
+        behind = None if kept is None else capacity_for(max(kept, 1))
+        room = capacity_for(max(expected, 1))
+        buffers, state = abstract_sequence(self.config, room, self.mesh, behind)
         if reuse is None:
             return Sequence(self, empty(buffers), empty(state), 0)
         buffers, reuse._buffers = reuse._taken(), None
@@ -201,10 +182,12 @@ class Engine:
         sequence._logits = None if logits is None else np.array(logits)
         return sequence
 
-    def bytes_for(self, length: int) -> int:
-        """Memory of the parameters and of the buffers of a sequence, on each device."""
+    def bytes_for(self, length: int, kept: int | None = None) -> int:
+        """Memory of the parameters and of the buffers of a sequence, on each device; `kept` as in
+        `begin`."""
         room = capacity_for(self._room(length))
-        buffers, _ = abstract_sequence(self.config, room, self.mesh)
+        behind = None if kept is None else capacity_for(kept)
+        buffers, _ = abstract_sequence(self.config, room, self.mesh, behind)
         return _bytes_here((self.params, buffers))
 
     def _room(self, length: int) -> int:
@@ -296,15 +279,47 @@ class Engine:
         Raises:
             GemtoolError: neither context nor prompt has a token, or the constraint allows none.
         """
-        if context is None:
-            context = self.begin()
+        chooser = Chooser(sampling, seed, max_tokens, constraint)
+        yield from self._chosen(context, prompt, chooser, draft)
+
+    def _chosen(
+        self,
+        context: Sequence | None,
+        prompt: np.ndarray | list[Piece],
+        chooser: Chooser,
+        draft: NgramDraft | None,
+    ) -> Iterator[Step]:
         asked = prompt if isinstance(prompt, np.ndarray) else tokens_of(prompt)
-        if not len(asked) and context.length == 0:
-            raise GemtoolError("nothing to continue: neither the context nor the prompt has tokens")
-        with context.fork() as live:
+        self.require_tokens(context, [asked])
+        with (self.begin() if context is None else context).fork() as live:
             if len(asked):
                 live.extend(prompt)
-            yield from chosen(live, Chooser(sampling, seed, max_tokens, constraint), draft)
+            yield from chosen(live, chooser, draft)
+
+    def require_tokens(self, context: Sequence | None, prompts: Iterable[np.ndarray]) -> None:
+        """Refuses prompts, int32 [n] each, to which nothing could be the answer.
+
+        Raises:
+            GemtoolError: neither the context nor one of them has a token.
+        """
+        if (context is None or not context.length) and not all(map(len, prompts)):
+            raise GemtoolError("nothing to continue: neither the context nor the prompt has tokens")
+
+    def answering(
+        self,
+        prompt: Prompt,
+        length: int,
+        cached: int,
+        on_text: Callable[[str], None] | None = None,
+    ) -> tuple[Answering, Chooser]:
+        """What makes an answer to a prompt of so many tokens after `cached` others, and what chooses
+        its tokens."""
+        constraint = None if prompt.grammar is None else self.constraints.begin(prompt.grammar)
+        chooser = Chooser(
+            prompt.sampling, (prompt.seed, prompt.index), prompt.max_tokens, constraint
+        )
+        vocab, entries = self.vocab, self.entries
+        return Answering(vocab, entries, prompt, length, cached, constraint, on_text), chooser
 
     def answer(
         self,
@@ -315,58 +330,19 @@ class Engine:
     ) -> Answer:
         """Answers a prompt; `on_text` gets the text piece by piece as it becomes certain. `spans` are
         those of the prompt, where they are known."""
-        started = time.perf_counter()
         pieces = self.pieces(self.spans(prompt) if spans is None else spans)
-        question = tokens_of(pieces)
-        constraint = None if prompt.grammar is None else self.constraints.begin(prompt.grammar)
-        draft = None
+        question, draft = tokens_of(pieces), None
+        cached = 0 if context is None else context.length
+        answering, chooser = self.answering(prompt, len(question), cached, on_text)
         if prompt.draft:
             before = np.empty(0, np.int32) if context is None else context.tokens
             draft = NgramDraft(np.concatenate([before, question]))
-        steps = self.generate(
-            context,
-            pieces,
-            sampling=prompt.sampling,
-            seed=(prompt.seed, prompt.index),
-            max_tokens=prompt.max_tokens,
-            constraint=constraint,
-            draft=draft,
-        )
-        stream, texts, finish = TextStream(prompt.stop), [], "length"
-        tokens: list[int] = []
-        logprobs: list[dict[str, Any]] = []
-
-        def release(text: str) -> None:
-            texts.append(text)
-            if text and on_text is not None:
-                on_text(text)
-
+        steps = self._chosen(context, pieces, chooser, draft)
         with contextlib.closing(steps):  # type: ignore[type-var]
             for step in steps:
-                if step.token in (END_TURN, EOD):
-                    finish = "stop"
+                if answering.take(step):
                     break
-                tokens.append(step.token)
-                if prompt.logprobs:
-                    logprobs.append(self._logprobs(step, prompt.logprobs))
-                release(stream.push(self.vocab.piece_bytes(step.token)))
-                if stream.stopped:
-                    finish = "stop"
-                    break
-        release(stream.finish())
-        if stream.stopped or (constraint is not None and constraint.finished):
-            finish = "stop"
-        return Answer(
-            text="".join(texts),
-            tokens=tokens,
-            finish=finish,
-            prompt=len(question),
-            cached=0 if context is None else context.length,
-            seconds=time.perf_counter() - started,
-            logprobs=logprobs,
-            drafted=0 if draft is None else draft.drafted,
-            accepted=0 if draft is None else draft.accepted,
-        )
+        return answering.end(draft)
 
     def ask(self, context: Sequence | np.ndarray, text: str, **options: Any) -> str:
         """The answer to a question about a context, or about tokens int32 [n] that become one.
@@ -376,11 +352,6 @@ class Engine:
         if isinstance(context, np.ndarray):
             context = self.prefill(context)
         return self.answer(context, Prompt(text, **options)).text
-
-    def _logprobs(self, step: Step, count: int) -> dict[str, Any]:
-        values, entries = log_softmax(step.logits), self.entries
-        own = entries.entry(step.token, float(values[step.token]))
-        return {**own, "top": entries.top(best(values, count))}
 
 
 def _bytes_here(tree: Any) -> int:

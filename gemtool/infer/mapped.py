@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import sys
 from collections.abc import Mapping, Sequence
 
@@ -14,8 +15,11 @@ from gemtool.model.pages import PAGE, UNIT, Pages, paged_layers
 from gemtool.stream.context import Part
 from gemtool.stream.mapped import MappedSource, map_together
 
-MOST = 8 << 30
-"""Bytes of files that are mapped for a context: rows of memory are counted in int32."""
+AREAS = (2 << 30, 8 << 30)
+"""Bytes of address space for the files of a context: of few sizes, as each is compiled, and no more, as
+rows of memory are counted in int32."""
+ROOM = 1024
+"""Pages that tables have room for, this many or four, sixteen times as many: for the same reason."""
 
 
 def can_map(config: ModelConfig, mesh: Mesh | None) -> bool:
@@ -48,7 +52,7 @@ def mappable(config: ModelConfig, blocks: Sequence[Part]) -> int:
                 if path not in lazy.checksums or lazy.source.offset(array) % UNIT:
                     return count
         files[lazy.source] = lazy.source.size
-        if sum(files.values()) > MOST:
+        if sum(files.values()) > AREAS[-1] - len(files) * mmap.PAGESIZE:
             return count
     return len(blocks)
 
@@ -57,19 +61,22 @@ class MappedPages:
     """The whole blocks that a context begins with.
 
     Attributes:
+        parts: the blocks.
         length: positions in them.
-        room: pages that tables have room for: of few sizes, as each is compiled.
+        room: pages that tables have room for.
         tables: `gemtool.model.pages.Pages` of each layer that is paged.
     """
 
     def __init__(self, config: ModelConfig, parts: Sequence[Part]) -> None:
         """Takes blocks that are `mappable`, at least one."""
-        self._parts, self._verified = parts, dict[int, set[int]]()
+        self.parts, self._verified = tuple(parts), dict[int, set[int]]()
         sources = dict.fromkeys(part.unverified.source for part in parts if part.unverified)
-        memory, begins = map_together([source.descriptor for source in sources])
+        memory, begins = map_together([source.descriptor for source in sources], AREAS)
         places = dict(zip(sources, begins, strict=True))
         self.length = len(parts) * PAGE
-        self.room = 1 << (len(parts) - 1).bit_length()
+        self.room = ROOM
+        while self.room < len(parts):
+            self.room *= 4
         dtype = np.dtype(config.kv_dtype)
         # Of what is aligned as a mapping is, JAX makes no copy on a CPU.
         rows = jax.device_put(memory.view(dtype).reshape(-1, UNIT // dtype.itemsize))
@@ -97,7 +104,7 @@ class MappedPages:
         for at, pages in touched.items():
             for page in set(pages.tolist()) - self._verified[at]:
                 for path in _paths(at):
-                    self._parts[page].verify(path)
+                    self.parts[page].verify(path)
                 self._verified[at].add(page)
 
     def block(self, start: int) -> dict[str, np.ndarray]:
@@ -105,7 +112,7 @@ class MappedPages:
         as `verify`."""
         page = start // PAGE
         self.verify({at: np.array([page]) for at in self.tables})
-        part = self._parts[page]
+        part = self.parts[page]
         return {path: part.arrays[path] for at in self.tables for path in _paths(at)}
 
 

@@ -14,8 +14,10 @@ import numpy as np
 from gemtool.errors import GemtoolError
 from gemtool.infer.contexts import Base
 from gemtool.infer.engine import Engine
+from gemtool.infer.mapped import can_map
 from gemtool.infer.pieces import GROUPS, Piece, Tile, check_span, pieces_of
 from gemtool.infer.sequence import Sequence
+from gemtool.infer.spill import can_spill, kept, spill
 from gemtool.stream.checked import Counts
 from gemtool.stream.context import BLOCK, STATE_EVERY, ContextHeader, ContextWriter
 from gemtool.stream.header import provenance
@@ -89,8 +91,12 @@ def write_context(
     header = engine.header(doc)
     if pg is not None:
         header = replace(header, pg=(*pg, provenance("prefill", pg)))
+    spilling = (base is None or begun is not None) and can_spill(engine, sink)
+    begin = sink.tell() if spilling else 0
     if base is None:
-        whole: AbstractContextManager[Sequence] = nullcontext(engine.begin(expected))
+        most = kept(expected) if spilling else None
+        sequence = engine.begin(0 if begun else expected, kept=most)
+        whole: AbstractContextManager[Sequence] = nullcontext(sequence)
         waiting, tally = np.empty(0, np.int32), Tally({})
     else:
         base.sequence.reserve(base.sequence.length + expected)
@@ -108,9 +114,18 @@ def write_context(
             writer = ContextWriter(sink, begun.header, begun.counts, begun.tokens)
             pieces = _pieces_behind(known, tally.through(spans), doc, engine)
             sequence, waiting = begun.sequence, np.empty(0, np.int32)
+            begin = begun.begin
             on_tokens(len(known))
         tiles = engine.tiles(pieces, boundary=STATE_EVERY, start=sequence.length)
-        _run(engine, doc, sequence, tiles, waiting, writer, on_tokens, on_state, logprobs, on_rows)
+
+        def after_state() -> None:
+            on_state()
+            if spilling:
+                spill(engine, sequence, sink, begin, writer)
+
+        _run(
+            engine, doc, sequence, tiles, waiting, writer, on_tokens, after_state, logprobs, on_rows
+        )
         return writer.close(tally.kinds, tally.media())
 
 
@@ -124,6 +139,8 @@ class Begun:
     """int32 [n]: those of its blocks, from `header.start` on."""
     counts: Counts
     """What is written of it."""
+    begin: int = 0
+    """The byte of the file at which it begins."""
 
 
 def require_begun(found: ContextHeader, wanted: ContextHeader) -> None:
@@ -218,8 +235,9 @@ class Plan:
 
     tokens: int
     memory: int
-    """Bytes on each device: weights, and the buffers of keys and values with room to grow. Leaves out
-    what Python and the compiler need, some hundreds of megabytes."""
+    """Bytes on each device: weights, and the buffers of keys and values with room to grow, of those
+    that stay in memory if the context goes to a file. Leaves out what Python and the compiler need,
+    some hundreds of megabytes."""
     disk: int
     """Bytes of the context."""
     seconds: float
@@ -283,10 +301,11 @@ class Planner:
         seconds = -(-tokens // size) * (constant + slope * (start + tokens / 2))
         seconds += sum(count * self._group_seconds(kind) for kind, count in groups.items() if count)
         row = engine.row_bytes()
+        lean = not start and can_map(engine.config, engine.mesh)
         states = -(-(start % STATE_EVERY + tokens) // STATE_EVERY)
         return Plan(
             tokens=tokens,
-            memory=engine.bytes_for(start + tokens),
+            memory=engine.bytes_for(start + tokens, kept(start + tokens) if lean else None),
             disk=(start % BLOCK + tokens) * (row + 4)
             + states * engine.state_bytes()
             + 4 * engine.config.vocab_size,

@@ -14,6 +14,7 @@ import numpy as np
 from gemtool.errors import CorruptInput, GemtoolError
 from gemtool.infer.contexts import Base
 from gemtool.infer.engine import Engine
+from gemtool.infer.mapped import can_map
 from gemtool.infer.prefill import Begun, Tally
 from gemtool.stream.checked import Counts
 from gemtool.stream.context import ContextReader, Part, open_contexts, require_match
@@ -51,21 +52,21 @@ def read_left(engine: Engine, path: Path) -> Left:
             if reader is None:
                 return Left(tuple(whole), None, end)
             require_match(reader.header, engine.header(reader.header.doc), reader.name)
-            begun = _read(engine, reader)
+            begun = _read(engine, reader, end)
             if begun is not None:
                 return Left(tuple(whole), begun[0], begun[1] or end)
             whole.append({**reader.footer, "parent": reader.header.to_dict()["parent"]})
             end = reader.position
 
 
-def _read(engine: Engine, reader: ContextReader) -> tuple[Begun | None, int] | None:
-    """None: the context is whole. Else what was begun, to the byte behind its last state; (None, 0):
-    nothing that could be gone on with."""
+def _read(engine: Engine, reader: ContextReader, begin: int) -> tuple[Begun | None, int] | None:
+    """None: the context, from byte `begin` on, is whole. Else what was begun, to the byte behind its
+    last state; (None, 0): nothing that could be gone on with."""
     blocks: list[Part] = []
     own: list[np.ndarray] = []
     found = last = _Point({}, 0, 0, Counts(), 0, 0)
     try:
-        for part in whole_parts(reader):
+        for part in whole_parts(reader, can_map(engine.config, engine.mesh)):
             if part.part == "block":
                 found = last  # A state that nothing follows may be the one at the end.
                 blocks.append(part)
@@ -82,7 +83,7 @@ def _read(engine: Engine, reader: ContextReader) -> tuple[Begun | None, int] | N
         return None, 0
     sequence = engine.restore(found.length, blocks[: found.blocks], found.state, None)
     tokens = np.concatenate(own[: found.own])
-    return Begun(sequence, reader.header, tokens, found.counts), found.end
+    return Begun(sequence, reader.header, tokens, found.counts, begin), found.end
 
 
 @dataclass(frozen=True)

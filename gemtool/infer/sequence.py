@@ -9,9 +9,9 @@ takes its length and its small state, nothing else. What a file holds of a seque
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import jax
 import numpy as np
@@ -20,6 +20,7 @@ from gemtool.infer.mapped import MappedPages
 from gemtool.infer.pieces import Piece, Tile, soft_positions, tiles_of
 from gemtool.infer.steps import (
     Buffers,
+    PageTables,
     Scores,
     each_scored_step,
     grown,
@@ -29,11 +30,13 @@ from gemtool.infer.steps import (
     read_block,
     scored_step,
 )
-from gemtool.model.cache import Cache, full_layers, state_arrays, touched_pages
-from gemtool.stream.context import BLOCK
+from gemtool.model.cache import Cache, full_layers, state_arrays, touched_pages, untouched
+from gemtool.stream.context import BLOCK, Part
 
 if TYPE_CHECKING:
     from gemtool.infer.engine import Engine
+
+T = TypeVar("T")
 
 PROMPT_TILE = 64
 """Positions of a short prompt's tile."""
@@ -79,14 +82,38 @@ class Sequence:
         return None if self._logits is None else np.asarray(self._logits)
 
     @property
-    def _first(self) -> int:
+    def pages(self) -> tuple[Part, ...]:
+        """The blocks that it begins with, where those are in files."""
+        return () if self._pages is None else self._pages.parts
+
+    @property
+    def first(self) -> int:
         """Position of the first row of buffers of layers that are paged."""
         return 0 if self._pages is None else self._pages.length
 
+    def go_on_with(self, parts: list[Part]) -> None:
+        """Lets go of keys and values that are in blocks of files, which are `mappable` and hold all
+        positions so far. No fork: that writes in the buffers of another."""
+        self._verify()
+        config = self._engine.config
+        self._pages = MappedPages(config, parts)
+        self._state = untouched(config, self._state, self._pages.room)
+
     def _verify(self) -> None:
         """Compares with their checksums the pages that anything so far has looked at."""
+        self.verify(self._state)
+
+    def verify(self, state: Cache) -> None:
+        """Compares those that a state says were looked at; raises as `logits`."""
         if self._pages is not None:
-            self._pages.verify(touched_pages(self._engine.config, self._state))
+            self._pages.verify(touched_pages(self._engine.config, state))
+
+    def with_buffers(self, program: Callable[[Buffers, PageTables], tuple[T, Buffers]]) -> T:
+        """What a program returns that takes the buffers and gives them back."""
+        tables = {} if self._pages is None else self._pages.tables
+        with self._engine.on_mesh():
+            found, self._buffers = program(self._taken(), tables)
+        return found
 
     def run(self, tile: Tile, size: int) -> None:
         """Appends the positions of a tile, padded to `size`. Returns before they are computed."""
@@ -165,9 +192,9 @@ class Sequence:
     def reserve(self, length: int) -> None:
         """Makes room for `length` positions in all."""
         config, buffers = self._engine.config, self._taken()
-        if not has_room(config, buffers, length, self._first):
+        if not has_room(config, buffers, length, self.first):
             with self._engine.on_mesh():
-                room = capacity_for(length), capacity_for(length - self._first)
+                room = capacity_for(length), capacity_for(length - self.first)
                 buffers = grown(config, buffers, *room)
         self._buffers = buffers
 
@@ -211,7 +238,7 @@ class Sequence:
         `start` is a multiple of BLOCK, `stop - start` at most BLOCK.
         """
         self._verify()
-        config, where = self._engine.config, (np.int32(start), np.int32(self._first))
+        config, where = self._engine.config, (np.int32(start), np.int32(self.first))
         with self._engine.on_mesh():
             found = read_block(config, self._taken(), *where, BLOCK)
         arrays = {}
@@ -223,7 +250,7 @@ class Sequence:
                 whole = (stop - start) // index.block
                 landmarks = np.asarray(own["landmarks"])
                 arrays[f"layers/{at}/landmarks"] = landmarks[..., :whole]
-        if self._pages is not None and start < self._first:
+        if self._pages is not None and start < self.first:
             arrays |= self._pages.block(start)
         return arrays
 

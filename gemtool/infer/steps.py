@@ -14,8 +14,16 @@ from jax.sharding import Mesh
 
 from gemtool.model import transformer
 from gemtool.model.buffers import buffer_capacity, grow, read_rows
-from gemtool.model.cache import Cache, abstract_cache, constrain_cache, full_layers
+from gemtool.model.cache import (
+    Cache,
+    abstract_cache,
+    constrain_cache,
+    full_layers,
+    map_state,
+    touched_by,
+)
 from gemtool.model.config import ModelConfig
+from gemtool.model.forks import Forks
 from gemtool.model.index import block_capacity, position_capacity
 from gemtool.model.mesh import constrain
 from gemtool.model.pages import Pages, paged_layers
@@ -200,6 +208,72 @@ def kv_step(
     x = _embedded(params, config, tokens, soft)
     cache = transformer.step_kv(params, config, x, join(config, buffers, state, pages), valid)
     return split(config, constrain_cache(config, cache))
+
+
+@partial(jax.jit, static_argnames="config", donate_argnames="buffers")
+def forks_step(
+    params: Tree,
+    config: ModelConfig,
+    tokens: jax.Array,
+    buffers: Buffers,
+    state: Cache,
+    pages: PageTables,
+    forks: Forks,
+) -> tuple[jax.Array, Buffers, Cache]:
+    """Runs one token of each fork, int32 [B], with the `state` of all; scores [B, V] after them."""
+    x = transformer.embed(params, config, tokens[:, None])
+    cache = replace(join(config, buffers, state, pages), forks=forks)
+    hidden, cache = transformer.step(params, config, x, cache, jnp.int32(1))
+    return transformer.logits(params, config, hidden[:, 0]), *split(config, cache)
+
+
+@partial(jax.jit, static_argnames="config", donate_argnames="buffers")
+def place_fork(
+    config: ModelConfig,
+    buffers: Buffers,
+    states: Cache,
+    state: Cache,
+    which: jax.Array,
+    forks: Forks,
+    first: jax.Array,
+) -> tuple[Buffers, Cache]:
+    """Makes a sequence with this `state` one of the forks, `which` int32 []: with what `buffers` have
+    of it from `forks.start` on. `first` as in `read_block`."""
+    there, paged, found = forks.rows[which], paged_layers(config), []
+    for at, own in zip(full_layers(config), buffers, strict=True):
+        skipped, index = first if at in paged else 0, config.layer_kinds[at].index
+        new = {
+            name: _copied(own[name], forks.start - skipped, there - skipped, forks.room, 1)
+            for name in "kv"
+        }
+        if index is not None:
+            source, target = forks.start // index.block, there // index.block
+            count = forks.room // index.block
+            new["landmarks"] = _copied(own["landmarks"], source, target, count, 3)
+        found.append(new)
+    rows: dict[str, jax.Array] = {}
+    map_state(config, state, lambda path, x: rows.setdefault(path, x))
+
+    def put(path: str, all_rows: jax.Array) -> jax.Array:
+        row = rows[path].reshape(1, *all_rows.shape[1:])
+        return jax.lax.dynamic_update_slice_in_dim(all_rows, row, which, axis=0)
+
+    return tuple(found), touched_by(map_state(config, states, put), state)
+
+
+def _copied(x: jax.Array, source: jax.Array, target: jax.Array, count: int, axis: int) -> jax.Array:
+    rows = jax.lax.dynamic_slice_in_dim(x, source, count, axis)
+    return jax.lax.dynamic_update_slice_in_dim(x, rows, target, axis)
+
+
+@partial(jax.jit, static_argnames=("config", "count"))
+def no_forks(config: ModelConfig, state: Cache, count: int) -> Cache:
+    """The state of so many forks of a sequence with this one, none of which has begun."""
+
+    def empty(path: str, x: jax.Array) -> jax.Array:
+        return jnp.zeros((count, *x.shape[1:]), x.dtype)
+
+    return map_state(config, state, empty)
 
 
 @partial(jax.jit, static_argnames=("config", "kind"))

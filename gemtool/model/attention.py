@@ -43,12 +43,19 @@ from gemtool.model.buffers import (
 )
 from gemtool.model.config import LayerKind, ModelConfig
 from gemtool.model.kinds import IndexConfig
-from gemtool.model.layers import norm, plain_rms_norm, round_to, unit_norm
+from gemtool.model.layers import round_to
 from gemtool.model.mesh import constrain
 from gemtool.model.pages import Pages, pages_of
 from gemtool.model.parallel import Others, cached_attention, chosen_blocks, packed_attention
 from gemtool.model.params import Tree
-from gemtool.model.rope import rotary
+from gemtool.model.projections import (
+    Sources,
+    keys_and_values_of,
+    queries_of,
+    rotated,
+    sharpened,
+    sources_of,
+)
 
 
 @jax.tree_util.register_dataclass
@@ -70,10 +77,6 @@ class LayerCache:
     v: jax.Array
     tail: jax.Array
     index: index.IndexCache | None = None
-
-
-Sources = tuple[jax.Array, jax.Array, jax.Array]
-"""Rows [B, T, D] that queries, keys and values are made from."""
 
 
 class Keys(NamedTuple):
@@ -117,19 +120,19 @@ def attend_packed(
     segments, positions = batch.segments, batch.positions
     before = ((0, 0), (kind.conv_tail, 0))
     rows = jnp.pad(x, (*before, (0, 0)))
-    sources = _sources(p, kind, rows, jnp.pad(segments, before, constant_values=-1))
+    sources = sources_of(p, kind, rows, jnp.pad(segments, before, constant_values=-1))
     learn_index = learn_index and kind.index is not None
     if shared is None:
-        k, v = _keys_and_values(p, config, kind, sources)
-        k, vectors = _rotated(kind, k, positions), None
+        k, v = keys_and_values_of(p, config, kind, sources)
+        k, vectors = rotated(kind, k, positions), None
         if not kind.bounded:
             k = round_to(k, config.kv_dtype)
         if learn_index:
             vectors = index.key_vectors(p["index"], jax.lax.stop_gradient(sources[1]))
         shared = Keys(k, v, vectors)
     k, v, vectors = shared
-    turned = _rotated(kind, _queries(p, config, kind, sources), positions)
-    q = _sharpened(kind, turned, positions)
+    turned = rotated(kind, queries_of(p, config, kind, sources), positions)
+    q = sharpened(kind, turned, positions)
     visible = segments
     if kind.attention == "chunk":
         visible = chunk_segments(positions, segments, kind.window)
@@ -146,7 +149,7 @@ def attend_packed(
     assert kind.index is not None
     assert vectors is not None
     documents = segments if batch.documents is None else batch.documents
-    far = _sharpened(kind, turned, jnp.full((1, 1), kind.index.horizon, jnp.int32))
+    far = sharpened(kind, turned, jnp.full((1, 1), kind.index.horizon, jnp.int32))
     return (
         out,
         shared,
@@ -249,10 +252,10 @@ def _extend_full(
     step; causality hides them until then.
     """
     rows = _after(cache.tail.astype(x.dtype), x)
-    sources = _sources(p, kind, rows)
-    k, v = _keys_and_values(p, config, kind, sources)
+    sources = sources_of(p, kind, rows)
+    k, v = keys_and_values_of(p, config, kind, sources)
     positions = (length + jnp.arange(x.shape[1], dtype=jnp.int32))[None, :]
-    k = round_to(_rotated(kind, k, positions), config.kv_dtype).astype(cache.k.dtype)
+    k = round_to(rotated(kind, k, positions), config.kv_dtype).astype(cache.k.dtype)
     v = v.astype(cache.v.dtype)
     found = cache.index
     if kind.index is not None and found is not None:
@@ -278,7 +281,7 @@ def _extend_shared(
 ) -> Extended:
     """Queries that attend to the keys and values of another layer."""
     rows = _after(cache.tail.astype(x.dtype), x)
-    sources = _sources(p, kind, rows)
+    sources = sources_of(p, kind, rows)
     steps = x.shape[1]
     new = None
     if kind.index is None:
@@ -304,8 +307,8 @@ def _attending(
     and index still lack the queries."""
     steps = sources[0].shape[1]
     positions = (length + jnp.arange(steps, dtype=jnp.int32))[None, :]
-    q = _rotated(kind, _queries(p, config, kind, sources), positions)
-    q = _sharpened(kind, q, positions)
+    q = rotated(kind, queries_of(p, config, kind, sources), positions)
+    q = sharpened(kind, q, positions)
     tail = _tail(kind, rows, valid).astype(cache.tail.dtype)
     cache = dataclasses.replace(cache, tail=tail)
     if kind.index is None:
@@ -365,12 +368,12 @@ def _extend_bounded(
     valid: jax.Array,
 ) -> Extended:
     """Keys and values of the last `window` positions followed by the new ones, rotated relative to
-    the step."""
+    the step. Of several continuations, `length` is int32 [B]."""
     steps, window = x.shape[1], kind.window
     rows = _after(cache.tail.astype(x.dtype), x)
-    sources = _sources(p, kind, rows)
-    q = _queries(p, config, kind, sources)
-    k, v = _keys_and_values(p, config, kind, sources)
+    sources = sources_of(p, kind, rows)
+    q = queries_of(p, config, kind, sources)
+    k, v = keys_and_values_of(p, config, kind, sources)
     k = _after(cache.k, k.astype(cache.k.dtype), "kv_heads", None)
     v = _after(cache.v, v.astype(cache.v.dtype), "kv_heads", None)
     cache = LayerCache(
@@ -380,10 +383,10 @@ def _extend_bounded(
     )
     k, v = k.astype(q.dtype), v.astype(q.dtype)
     relative = jnp.arange(window + steps, dtype=jnp.int32)[None, :]
-    q, k = _rotated(kind, q, relative[:, window:]), _rotated(kind, k, relative)
+    q, k = rotated(kind, q, relative[:, window:]), rotated(kind, k, relative)
     # Their positions in the document, plus the window.
-    later = relative + length
-    q = _sharpened(kind, q, later[:, window:] - window)
+    later = relative + length.reshape(-1, 1)
+    q = sharpened(kind, q, later[:, window:] - window)
     # Rows before the beginning do not exist: they get 0. Others, 1 or the number of their chunk.
     segments = later // window
     if kind.attention == "window":
@@ -413,11 +416,6 @@ def _after(past: jax.Array, new: jax.Array, *axes: str | None) -> jax.Array:
     return constrain(jnp.concatenate([past, constrain(new, *whole)], axis=1), *whole)
 
 
-def _cut(x: jax.Array) -> jax.Array:
-    """New rows [B, T, D] that every device has, cut again for what treats each by itself."""
-    return constrain(constrain(x, None, None, None), None, "length", None)
-
-
 def _attend(
     p: Tree,
     kind: LayerKind,
@@ -432,101 +430,10 @@ def _attend(
     out = kernel(
         *qkv, scale=kind.scale, sink=p.get("sink"), soft_cap=kind.soft_cap or None, **visible
     )
+    return output(p, kind, out)
+
+
+def output(p: Tree, kind: LayerKind, out: jax.Array) -> jax.Array:
+    """What a layer says of what its heads found: [B, T, H, K] -> [B, T, D]."""
     y = jnp.einsum("bthk,hkd->btd", out, p["o"])
     return y + p["o_bias"][None, None, :] if kind.out_bias else y
-
-
-def _sources(
-    p: Tree, kind: LayerKind, rows: jax.Array, segments: jax.Array | None = None
-) -> Sources:
-    """What queries, keys and values of the last T of `rows` are made from, [B, T, D] each.
-
-    `rows` [B, conv_tail + T, D] begin with the rows that convolution and shift look back to;
-    `segments` int32 [B, conv_tail + T] keep them from looking into another document.
-    """
-    steps = rows.shape[1] - kind.conv_tail
-    mixed = _convolve(p["conv"], rows, segments) if kind.qk_conv > 1 else rows
-    for_q, for_k, for_v = mixed[:, kind.key_shift :], mixed[:, :steps], rows[:, kind.conv_tail :]
-    if kind.key_shift and segments is not None:
-        same = segments[:, -steps - 1 : -1] == segments[:, -steps:]
-        for_k = jnp.where(same[:, :, None], for_k, 0.0)
-    if segments is None:
-        for_q, for_k, for_v = (_cut(x) for x in (for_q, for_k, for_v))
-    return for_q, for_k, for_v
-
-
-def _queries(p: Tree, config: ModelConfig, kind: LayerKind, sources: Sources) -> jax.Array:
-    """Queries [B, T, H, K] of their sources, unrotated."""
-    q = jnp.einsum("btd,dhk->bthk", sources[0], p["q"])
-    if kind.qkv_bias:
-        q = q + p["q_bias"][None, None]
-    q = _normed(p, config, kind, q, "q_norm")
-    if kind.qk_norm == "unit":
-        q = q * jnp.exp(p["log_temperature"]).astype(q.dtype)[None, None, :, None]
-    return q
-
-
-def _keys_and_values(
-    p: Tree, config: ModelConfig, kind: LayerKind, sources: Sources
-) -> tuple[jax.Array, jax.Array]:
-    """Keys and values [B, T, N, K] of their sources, unrotated. Values, and keys that are cached
-    unrotated, come rounded for the cache."""
-    k = jnp.einsum("btd,dnk->btnk", sources[1], p["k"])
-    v = jnp.einsum("btd,dnk->btnk", sources[2], p["v"])
-    if kind.qkv_bias:
-        k, v = k + p["k_bias"][None, None], v + p["v_bias"][None, None]
-    k = _normed(p, config, kind, k, "k_norm")
-    if kind.bounded:
-        k = round_to(k, config.kv_dtype)
-    return k, round_to(v, config.kv_dtype)
-
-
-def _normed(p: Tree, config: ModelConfig, kind: LayerKind, x: jax.Array, scale: str) -> jax.Array:
-    """Queries or keys [B, T, H, K] as `qk_norm` says."""
-    match kind.qk_norm:
-        case "unit":
-            return unit_norm(x)
-        case "rms":
-            return norm(config, x, p[scale])
-        case "rms_joint":
-            return _joint_norm(config, x, p[scale])
-        case "rms_plain":
-            return plain_rms_norm(x, config.norm_eps)
-        case _:
-            return x
-
-
-def _joint_norm(config: ModelConfig, x: jax.Array, scale: jax.Array) -> jax.Array:
-    """RMSNorm over all heads of a position as one vector: [B, T, H, K] and [H, K] -> [B, T, H, K]."""
-    return norm(config, x.reshape(*x.shape[:2], -1), scale.reshape(-1)).reshape(x.shape)
-
-
-def _rotated(kind: LayerKind, x: jax.Array, positions: jax.Array) -> jax.Array:
-    """Queries or keys [B, T, H, K] rotated by positions int32 [B or 1, T], where the kind is."""
-    if not kind.rope_theta:
-        return x
-    return rotary(x, positions, kind.rope_theta, kind.rope_scaling)
-
-
-def _sharpened(kind: LayerKind, q: jax.Array, positions: jax.Array) -> jax.Array:
-    """Queries [B, T, H, K] multiplied by what `length_scale` says of positions int32 [B or 1, T]."""
-    if not kind.length_scale:
-        return q
-    steps = ((positions + 1) // kind.length_floor).astype(jnp.float32)
-    factor = 1 + kind.length_scale * jnp.log1p(steps)
-    return q * factor.astype(q.dtype)[:, :, None, None]
-
-
-def _convolve(taps: jax.Array, rows: jax.Array, segments: jax.Array | None) -> jax.Array:
-    """Depthwise causal convolution, [B, C-1+M, D] -> [B, M, D]; taps [C, D], the first for now."""
-    width = taps.shape[0]
-    count = rows.shape[1] - width + 1
-    total = jnp.zeros_like(rows[:, :count])
-    for j in range(width):
-        back = slice(width - 1 - j, width - 1 - j + count)
-        term = rows[:, back] * taps[j][None, None, :]
-        if segments is not None and j > 0:
-            same = segments[:, back] == segments[:, width - 1 :]
-            term = jnp.where(same[:, :, None], term, 0.0)
-        total = total + term
-    return total

@@ -20,6 +20,7 @@ from jax.sharding import Mesh, NamedSharding
 from gemtool.model.attention import LayerCache
 from gemtool.model.buffers import Axes, buffer_axes, buffer_shape
 from gemtool.model.config import LayerKind, ModelConfig
+from gemtool.model.forks import Forks
 from gemtool.model.index import IndexCache, block_capacity
 from gemtool.model.mesh import constrain, current_mesh, partition
 from gemtool.model.pages import Pages, paged_layers
@@ -29,11 +30,13 @@ from gemtool.model.pages import Pages, paged_layers
 @dataclasses.dataclass(frozen=True)
 class Cache:
     """`length` int32 []: positions seen, by every sequence of the batch; `layers`: one each; `pages`:
-    by layer, where the first positions of some lie, if not in buffers."""
+    by layer, where the first positions of some lie, if not in buffers. Of forks, `length` is int32 [B],
+    and buffers and landmarks are those of all (forks.py)."""
 
     length: jax.Array
     layers: tuple[LayerCache, ...]
     pages: Mapping[int, Pages] = dataclasses.field(default_factory=dict)
+    forks: Forks | None = None
 
 
 def abstract_cache(
@@ -146,6 +149,20 @@ def untouched(config: ModelConfig, cache: Cache, pages: int) -> Cache:
             assert layer.index is not None
             layers[at] = dataclasses.replace(
                 layer, index=dataclasses.replace(layer.index, touched=jnp.asarray(none))
+            )
+    return dataclasses.replace(cache, layers=tuple(layers))
+
+
+def touched_by(cache: Cache, other: Cache) -> Cache:
+    """The cache, with the pages touched too that another one touched."""
+    layers = list(cache.layers)
+    for at, (own, its) in enumerate(zip(cache.layers, other.layers, strict=True)):
+        if own.index is not None and own.index.touched is not None:
+            assert its.index is not None
+            assert its.index.touched is not None
+            touched = own.index.touched | its.index.touched
+            layers[at] = dataclasses.replace(
+                own, index=dataclasses.replace(own.index, touched=touched)
             )
     return dataclasses.replace(cache, layers=tuple(layers))
 

@@ -90,20 +90,27 @@ def extend_keys(
     """
     assert cache.pending is not None
     assert cache.landmarks is not None
+    zero, block = jnp.int32(0), index.block
+    new, pending = new_landmarks(index, cache.pending, keys, length % block, valid)
+    at = (zero, zero, zero, length // block)
+    landmarks = jax.lax.dynamic_update_slice(cache.landmarks, new, at)
+    return dataclasses.replace(cache, landmarks=landmarks, pending=pending)
+
+
+def new_landmarks(
+    index: IndexConfig, pending: jax.Array, keys: jax.Array, offset: jax.Array, valid: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Landmarks [B, M, I, J] of the blocks that new keys [B, T, I + M] fall into, the first `offset`
+    int32 [] rows of `pending` being those before them; and what is pending behind the first `valid`."""
     batch, steps, width = keys.shape
     block = index.block
-    zero, offset = jnp.int32(0), length % block
     count = (block - 1 + steps + block - 1) // block
     # The last of them may be cut: room for a whole block behind.
-    rows = jnp.pad(cache.pending, ((0, 0), (0, count * block), (0, 0)))
-    rows = jax.lax.dynamic_update_slice(rows, keys, (zero, offset, zero))
+    rows = jnp.pad(pending, ((0, 0), (0, count * block), (0, 0)))
+    rows = jax.lax.dynamic_update_slice(rows, keys, (jnp.int32(0), offset, jnp.int32(0)))
     blocks = rows[:, : count * block].reshape(batch, count, block, width)
-    landmarks = jax.lax.dynamic_update_slice(
-        cache.landmarks, summarise(index, blocks), (zero, zero, zero, length // block)
-    )
     first = (offset + valid) // block * block
-    pending = jax.lax.dynamic_slice_in_dim(rows, first, block, axis=1)
-    return dataclasses.replace(cache, landmarks=landmarks, pending=pending)
+    return summarise(index, blocks), jax.lax.dynamic_slice_in_dim(rows, first, block, axis=1)
 
 
 def extend_queries(

@@ -30,6 +30,7 @@ from gemtool.model.batch import Batch, MediaGroups
 from gemtool.model.cache import Cache, full_layers
 from gemtool.model.config import LayerKind, ModelConfig
 from gemtool.model.execution import FLOAT32, Execution
+from gemtool.model.forks import attend_forks
 from gemtool.model.index import DOUBLINGS
 from gemtool.model.layers import gated_mlp, glu_of, norm, soft_cap
 from gemtool.model.mesh import constrain
@@ -186,7 +187,7 @@ def step(
 
     `embeddings` [B, T, D] from `embed`; `valid` int32 [], how many of the T are real, so that
     the last chunk of a sequence keeps the shape of the others: hidden rows from `valid` on mean
-    nothing and leave no trace. Needs `cache.length + T` within the capacity.
+    nothing and leave no trace. Needs `cache.length + T` within the capacity. Of forks, T is 1.
     """
     x, present = embeddings, _real_rows(embeddings, valid)
     layers: list[LayerCache] = []
@@ -289,6 +290,8 @@ def _cached(
     kind, layer = config.layer_kinds[index], cache.layers[index]
     source = extended[config.source(index)] if kind.shares else None
     pages = cache.pages.get(config.source(index))
+    if cache.forks is not None:
+        return attend_forks(p, config, kind, h, layer, cache.length, cache.forks, source, pages)
     return attention.attend_cached(p, config, kind, h, layer, cache.length, valid, source, pages)
 
 

@@ -60,8 +60,9 @@ def source_of(file: BinaryIO) -> Source:
     return Source(file)
 
 
-def map_together(descriptors: Sequence[int]) -> tuple[np.ndarray, list[int]]:
-    """Open files as one read-only array, uint8 [a power of two], and where in it each begins.
+def map_together(descriptors: Sequence[int], areas: Sequence[int]) -> tuple[np.ndarray, list[int]]:
+    """Open files as one read-only array, uint8 [the least of `areas` with room], and where in it each
+    begins.
 
     What lies between and behind them reads as zero and takes no memory. The array outlives the
     descriptors.
@@ -75,7 +76,8 @@ def map_together(descriptors: Sequence[int]) -> tuple[np.ndarray, list[int]]:
         places.append(size)
         size += -(-own // mmap.PAGESIZE) * mmap.PAGESIZE
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-    area = mmap.mmap(-1, 1 << (size - 1).bit_length(), flags=flags, prot=mmap.PROT_READ)
+    room = min((area for area in areas if area >= size), default=size)
+    area = mmap.mmap(-1, room, flags=flags, prot=mmap.PROT_READ)
     memory = np.frombuffer(area, np.uint8)
     system = ctypes.CDLL(None, use_errno=True).mmap
     system.restype = ctypes.c_void_p

@@ -1,0 +1,152 @@
+"""Prefill lets go of what is written: the same context, in bounded memory."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gemtool.checkpoint import open_checkpoint
+from gemtool.data.vocab import Vocab
+from gemtool.errors import CorruptInput
+from gemtool.infer import spill
+from gemtool.infer.contexts import open_base
+from gemtool.infer.engine import Engine
+from gemtool.infer.prefill import Planner, write_context
+from gemtool.infer.resume import read_left
+from gemtool.infer.sequence import Sequence
+from gemtool.model.buffers import buffer_capacity
+from gemtool.stream.context import BLOCK, Part, open_contexts
+from gemtool.stream.spans import Span
+from tests.test_mapped import mixed, quickly_compiled  # noqa: F401 (a fixture)
+from tests.test_prefill_decode import make_engine, text_document, text_tokens
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
+    vocab = Vocab.load()
+    path = tmp_path_factory.mktemp("spill") / "run"
+    make_engine(path, mixed(vocab.size), vocab, 512)
+    return Engine(open_checkpoint(path), 512)
+
+
+@pytest.fixture(autouse=True)
+def often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A state after each block; two blocks are let go at a time."""
+    monkeypatch.setattr("gemtool.infer.prefill.STATE_EVERY", BLOCK)
+    monkeypatch.setattr(spill, "LEAST", 2 * BLOCK)
+
+
+@pytest.fixture
+def let_go(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, Sequence]]:
+    """The sequences that let go of blocks, each time, and how many are in the file."""
+    found: list[tuple[int, Sequence]] = []
+    real = Sequence.go_on_with
+
+    def watched(sequence: Sequence, parts: list[Part]) -> None:
+        assert len(parts) * BLOCK == sequence.length
+        real(sequence, parts)
+        found.append((len(parts), sequence))
+
+    monkeypatch.setattr(Sequence, "go_on_with", watched)
+    return found
+
+
+def documents() -> list[list[Span]]:
+    return [
+        text_document("a", text_tokens(BLOCK + 70, 1))[:1],
+        text_document("b", text_tokens(5 * BLOCK + 700, 2))[:1],
+    ]
+
+
+def write(engine: Engine, path: Path, mode: str) -> list[dict[str, object]]:
+    with path.open(mode) as sink:
+        return [
+            write_context(engine, spans[0].doc, spans, sink, pg=None)  # type: ignore[arg-type]
+            for spans in documents()
+        ]
+
+
+def require_like(found: Path, wanted: Path) -> None:
+    """The same contexts, but for the last bits of what was computed by attention to pages."""
+    with open_contexts(str(found)) as ours, open_contexts(str(wanted)) as theirs:
+        for mine, other in zip(ours, theirs, strict=True):
+            for a, b in zip(mine.parts(), other.parts(), strict=True):
+                assert (a.part, a.start, a.stop) == (b.part, b.start, b.stop)
+                assert list(a.arrays) == list(b.arrays)
+                for path, array in a.arrays.items():
+                    np.testing.assert_allclose(array, b.arrays[path], atol=5e-3, err_msg=path)
+            assert mine.footer["tokens_sha256"] == other.footer["tokens_sha256"]
+
+
+def test_the_context_is_the_same(
+    engine: Engine, tmp_path: Path, let_go: list[tuple[int, Sequence]]
+) -> None:
+    """Also of the second document of a file; where the file cannot be read, all stays in memory."""
+    write(engine, tmp_path / "all.ctx", "wb")
+    assert not let_go
+    write(engine, tmp_path / "some.ctx", "w+b")
+    assert [count for count, _ in let_go] == [2, 4]
+    require_like(tmp_path / "some.ctx", tmp_path / "all.ctx")
+    # Of the layer that is paged there was never room for more than two blocks.
+    rooms = [buffer_capacity(own["k"]) for own in let_go[-1][1]._taken()]
+    assert rooms == [2 * BLOCK, 8 * BLOCK]
+
+
+def test_goes_on(engine: Engine, tmp_path: Path, let_go: list[tuple[int, Sequence]]) -> None:
+    """After an interruption what is there is mapped at once, and more later."""
+    write(engine, tmp_path / "all.ctx", "w+b")
+    whole = (tmp_path / "all.ctx").read_bytes()
+    path = tmp_path / "x.ctx"
+    path.write_bytes(whole[: round(0.62 * len(whole))])
+    let_go.clear()
+    left = read_left(engine, path)
+    assert left.begun is not None
+    assert len(left.whole) == 1
+    before = len(left.begun.sequence.pages)
+    assert before * BLOCK == left.begun.sequence.length > 0
+    os.truncate(path, left.end)
+    with path.open("a+b") as sink:
+        write_context(engine, "b", documents()[1], sink, pg=None, begun=left.begun)
+    assert [count for count, _ in let_go] == [before + 2, before + 4]
+    require_like(path, tmp_path / "all.ctx")
+
+
+def test_what_continues_another_stays(
+    engine: Engine, tmp_path: Path, let_go: list[tuple[int, Sequence]]
+) -> None:
+    """It writes in the buffers of the context that the next one may continue, too."""
+    first, second = tmp_path / "a.ctx", tmp_path / "b.ctx"
+    with first.open("w+b") as sink:
+        write_context(engine, "a", documents()[0], sink)
+    base = open_base(engine, str(first), str(second))
+    with second.open("w+b") as sink:
+        write_context(engine, "b", documents()[1], sink, base=base)
+    assert not let_go
+
+
+def test_a_file_that_lost_what_was_written(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, real = tmp_path / "a.ctx", spill.MappedSource
+
+    def damaged(sink: object) -> object:
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+        return real(sink)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(spill, "MappedSource", damaged)
+    with pytest.raises(CorruptInput, match=r"a\.ctx: near byte"), path.open("w+b") as sink:
+        write_context(engine, "b", documents()[1], sink)
+
+
+def test_plan(engine: Engine) -> None:
+    """What is said of memory before is what stays in it."""
+    far = 1 << 20
+    plan = Planner(engine).plan([Span("a", 0, "text", text_tokens(far))])
+    assert plan.memory == engine.bytes_for(far, spill.kept(far))
+    assert plan.memory < engine.bytes_for(far)
+    assert Planner(engine).plan(documents()[0], start=BLOCK).memory == engine.bytes_for(3 * BLOCK)
