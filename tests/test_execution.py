@@ -146,6 +146,7 @@ def test_matrices_are_rounded_and_what_decides_is_not() -> None:
     assert wide == norms | {"router", "bias", "sink", "log_temperature"}
 
 
+@pytest.mark.slow
 def test_a_training_step_of_stacked_layers_is_one_of_layers_apart() -> None:
     batch = stack([dataclasses.replace(make_batch(seed)) for seed in (0, 1)])
 

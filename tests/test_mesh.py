@@ -67,8 +67,10 @@ ALONE = [f"{name}=8" for name in ("data", "fsdp", "expert", "context")] + ["tens
 TOGETHER = [
     "data=2,fsdp=2,tensor=2",
     "expert=2,context=2,tensor=2",
-    "data=2,expert=4",
-    "fsdp=2,context=4",
+    *(
+        pytest.param(text, marks=pytest.mark.slow)
+        for text in ("data=2,expert=4", "fsdp=2,context=4")
+    ),
 ]
 # Llama 4 weighs inputs, gpt-oss has biases: what a device adds must be added once.
 BIASED = dataclasses.replace(

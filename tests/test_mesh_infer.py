@@ -81,7 +81,7 @@ TILE = 56
 PROMPTS = tuple(np.random.default_rng(5).integers(64, 96, n).astype(np.int32) for n in (9, 40))
 MESHES = [
     "context=8",
-    "context=4,tensor=2",
+    pytest.param("context=4,tensor=2", marks=pytest.mark.slow),
     "fsdp=2,expert=2,context=2",
     *(pytest.param(text, marks=pytest.mark.slow) for text in ("fsdp=8", "expert=8", "tensor=4")),
     *(pytest.param(text, marks=pytest.mark.slow) for text in ("data=2", "context=3")),

@@ -36,6 +36,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
 def often(monkeypatch: pytest.MonkeyPatch) -> None:
     """A state after each block; two blocks are let go at a time."""
     monkeypatch.setattr("gemtool.infer.prefill.STATE_EVERY", BLOCK)
+    monkeypatch.setattr(spill, "STATE_EVERY", BLOCK)
     monkeypatch.setattr(spill, "LEAST", 2 * BLOCK)
 
 
@@ -95,23 +96,33 @@ def test_the_context_is_the_same(
     assert rooms == [2 * BLOCK, 8 * BLOCK]
 
 
-def test_goes_on(engine: Engine, tmp_path: Path, let_go: list[tuple[int, Sequence]]) -> None:
-    """After an interruption what is there is mapped at once, and more later."""
+def test_goes_on_to_the_bit(
+    engine: Engine, tmp_path: Path, let_go: list[tuple[int, Sequence]]
+) -> None:
+    """After an interruption what had been let go is mapped at once, and the rest is loaded."""
     write(engine, tmp_path / "all.ctx", "w+b")
     whole = (tmp_path / "all.ctx").read_bytes()
     path = tmp_path / "x.ctx"
-    path.write_bytes(whole[: round(0.62 * len(whole))])
+    path.write_bytes(whole[: round(0.85 * len(whole))])
     let_go.clear()
     left = read_left(engine, path)
     assert left.begun is not None
-    assert len(left.whole) == 1
-    before = len(left.begun.sequence.pages)
-    assert before * BLOCK == left.begun.sequence.length > 0
+    assert left.begun.sequence.length == 3 * BLOCK
+    assert len(left.begun.sequence.pages) == 2
     os.truncate(path, left.end)
     with path.open("a+b") as sink:
         write_context(engine, "b", documents()[1], sink, pg=None, begun=left.begun)
-    assert [count for count, _ in let_go] == [before + 2, before + 4]
-    require_like(path, tmp_path / "all.ctx")
+    assert [count for count, _ in let_go] == [4]
+    assert path.read_bytes() == whole
+
+
+def test_when() -> None:
+    """Of a long context, an eighth at a time."""
+    lengths = range(0, 40 * BLOCK, BLOCK)
+    found = sorted({spill.gone(length) // BLOCK for length in lengths})
+    assert found == [0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 21, 24, 27, 31, 35]
+    for length in lengths:
+        assert length - spill.gone(length) <= spill.kept(length)
 
 
 def test_what_continues_another_stays(

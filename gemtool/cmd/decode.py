@@ -172,6 +172,7 @@ def decode(
     The prompt is taken from --prompt, --prompt-file, --prompts, or, without these, from standard
     input. Every prompt is asked of every context by itself, or of the document that it names; with
     several contexts, answers come context by context. Without --cache, prompts are answered alone.
+    Prompts of a file are answered several at a time, in order; those of a pipe each as it comes.
     """
     if compiled("decode", compile_only, topology, length, model=model, ckpt=ckpt, mesh=mesh):
         return

@@ -147,18 +147,20 @@ class Engine:
         blocks: Iterable[Part],
         state: Mapping[str, np.ndarray],
         logits: np.ndarray | None,
+        most: int | None = None,
     ) -> Sequence:
         """A sequence from the blocks of a context, and what `Sequence.state` gave; `logits` are None
         where it is to go on before it is asked.
 
-        Blocks that can be pages of the sequence (`gemtool.infer.mapped`) stay where they are.
+        Blocks that can be pages of the sequence (`gemtool.infer.mapped`), at `most` so many, stay where
+        they are.
 
         Raises:
             CorruptInput: a block that is loaded is damaged.
             KeyError, ValueError: something is missing or of another shape.
         """
         blocks = list(blocks)
-        count = mappable(self.config, blocks) if can_map(self.config, self.mesh) else 0
+        count = mappable(self.config, blocks[:most]) if can_map(self.config, self.mesh) else 0
         pages = MappedPages(self.config, blocks[:count]) if count else None
         first = 0 if pages is None else pages.length
         room = capacity_for(length + 2 * PROMPT_TILE)

@@ -91,7 +91,7 @@ def write_context(
     header = engine.header(doc)
     if pg is not None:
         header = replace(header, pg=(*pg, provenance("prefill", pg)))
-    spilling = (base is None or begun is not None) and can_spill(engine, sink)
+    spilling = base is None and can_spill(engine, sink)
     begin = sink.tell() if spilling else 0
     if base is None:
         most = kept(expected) if spilling else None
@@ -121,7 +121,7 @@ def write_context(
         def after_state() -> None:
             on_state()
             if spilling:
-                spill(engine, sequence, sink, begin, writer)
+                spill(engine, sequence, sink, begin)
 
         _run(
             engine, doc, sequence, tiles, waiting, writer, on_tokens, after_state, logprobs, on_rows

@@ -16,8 +16,9 @@ from gemtool.infer.contexts import Base
 from gemtool.infer.engine import Engine
 from gemtool.infer.mapped import can_map
 from gemtool.infer.prefill import Begun, Tally
+from gemtool.infer.spill import gone
 from gemtool.stream.checked import Counts
-from gemtool.stream.context import ContextReader, Part, open_contexts, require_match
+from gemtool.stream.context import BLOCK, ContextReader, Part, open_contexts, require_match
 from gemtool.stream.lineage import whole_parts
 from gemtool.stream.spans import Span
 
@@ -81,7 +82,10 @@ def _read(engine: Engine, reader: ContextReader, begin: int) -> tuple[Begun | No
             raise  # of the parent
     if not found.end:
         return None, 0
-    sequence = engine.restore(found.length, blocks[: found.blocks], found.state, None)
+    # As it was, so that what comes is the same to the bit.
+    start = reader.header.start
+    mapped = (gone(found.length) if reader.header.parent is None else start) // BLOCK
+    sequence = engine.restore(found.length, blocks[: found.blocks], found.state, None, mapped)
     tokens = np.concatenate(own[: found.own])
     return Begun(sequence, reader.header, tokens, found.counts, begin), found.end
 

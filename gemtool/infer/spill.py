@@ -16,7 +16,7 @@ from typing import BinaryIO
 from gemtool.infer.engine import Engine
 from gemtool.infer.mapped import can_map, mappable
 from gemtool.infer.sequence import Sequence
-from gemtool.stream.context import BLOCK, STATE_EVERY, ContextReader, ContextWriter
+from gemtool.stream.context import BLOCK, STATE_EVERY, ContextReader
 from gemtool.stream.mapped import MappedSource
 
 LEAST = 3 * STATE_EVERY
@@ -31,6 +31,15 @@ def kept(length: int) -> int:
     return min(length, max(LEAST, length // SHARE) + STATE_EVERY)
 
 
+def gone(length: int) -> int:
+    """Positions of a context that were let go when it has `length`."""
+    before = 0
+    for at in range(STATE_EVERY, length + 1, STATE_EVERY):
+        if at - before >= max(LEAST, before // SHARE):
+            before = at
+    return before
+
+
 def can_spill(engine: Engine, sink: BinaryIO) -> bool:
     """Whether what is written to `sink` can be read there, and attended to."""
     if not can_map(engine.config, engine.mesh) or not sink.readable():
@@ -38,26 +47,19 @@ def can_spill(engine: Engine, sink: BinaryIO) -> bool:
     return stat.S_ISREG(os.fstat(sink.fileno()).st_mode)
 
 
-def spill(
-    engine: Engine, sequence: Sequence, sink: BinaryIO, begin: int, writer: ContextWriter
-) -> None:
+def spill(engine: Engine, sequence: Sequence, sink: BinaryIO, begin: int) -> None:
     """Lets go of positions, if it is time for it.
 
     Args:
         engine: the model.
-        sequence: no fork, all of whose positions are in whole blocks, written or of a parent.
+        sequence: no fork, all of whose positions are in blocks that are written.
         sink: the file, for which `can_spill`.
         begin: the byte of it at which the context begins.
-        writer: of the context.
 
     Raises:
         CorruptInput: the file does not hold what was written.
     """
-    pages, start = sequence.pages, writer.header.start
-    before = len(pages) * BLOCK
-    if sequence.length - before < max(LEAST, before // SHARE):
-        return
-    if before < start:  # some of what it continues is in memory
+    if gone(sequence.length) != sequence.length:
         return
     sink.flush()
     sink.seek(begin)
@@ -65,7 +67,6 @@ def spill(
     sink.seek(0, os.SEEK_END)
     found = ContextReader(source, str(getattr(sink, "name", "output"))).parts(lazy=True)
     blocks = (part for part in found if part.part == "block")
-    own = itertools.islice(blocks, (sequence.length - start) // BLOCK)
-    parts = [*pages[: start // BLOCK], *own]
+    parts = list(itertools.islice(blocks, sequence.length // BLOCK))
     if mappable(engine.config, parts) == len(parts):
         sequence.go_on_with(parts)
