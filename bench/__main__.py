@@ -13,7 +13,17 @@ from collections.abc import Iterator
 
 from measure import ROOT, Row, table
 
-SUBJECTS = ("kernels", "model", "prefill", "contexts", "text", "media", "packing", "shards")
+SUBJECTS = (
+    "kernels",
+    "model",
+    "prefill",
+    "answers",
+    "contexts",
+    "text",
+    "media",
+    "packing",
+    "shards",
+)
 
 
 def rows(subject: str) -> Iterator[Row]:
