@@ -13,7 +13,7 @@ import optax
 import pytest
 
 from gemtool.errors import GemtoolError
-from gemtool.model import attention, index, params, stacking, transformer
+from gemtool.model import attention, index, params, projections, stacking, transformer
 from gemtool.model import cache as caches
 from gemtool.model.batch import Batch
 from gemtool.model.config import ModelConfig
@@ -143,13 +143,13 @@ def test_attends_to_the_blocks_that_score_best() -> None:
     found, _ = attention.attend_cached(p, CONFIG, KIND, x, cache, zero, valid)
 
     rows = jnp.pad(x, ((0, 0), (KIND.conv_tail, 0), (0, 0)))
-    sources = attention._sources(p, KIND, rows)
+    sources = projections.sources_of(p, KIND, rows)
     u = np.asarray(index.query_vectors(p["index"], sources[0])[0], np.float64)
     keys = np.asarray(index.key_vectors(p["index"], sources[1])[0], np.float64)
-    q = attention._queries(p, CONFIG, KIND, sources)
-    k, v = attention._keys_and_values(p, CONFIG, KIND, sources)
+    q = projections.queries_of(p, CONFIG, KIND, sources)
+    k, v = projections.keys_and_values_of(p, CONFIG, KIND, sources)
     positions = jnp.arange(LENGTH, dtype=jnp.int32)
-    q = attention._sharpened(KIND, q, positions[None])
+    q = projections.sharpened(KIND, q, positions[None])
     q, k, v = (np.asarray(a[0], np.float64) for a in (q, k, v))
     landmarks = []
     for j in range(LENGTH // 8):
@@ -264,10 +264,10 @@ def test_weighs_what_candidates_get_of_the_attention() -> None:
 
     rows = jnp.pad(x, ((0, 0), (KIND.conv_tail, 0), (0, 0)))
     padded = jnp.pad(batch.segments, ((0, 0), (KIND.conv_tail, 0)), constant_values=-1)
-    sources = attention._sources(p, KIND, rows, padded)
-    q = attention._queries(p, CONFIG, KIND, sources)
-    k, _ = attention._keys_and_values(p, CONFIG, KIND, sources)
-    q = attention._sharpened(KIND, q, jnp.full((1, 1), 1_000_000, jnp.int32))  # `horizon`
+    sources = projections.sources_of(p, KIND, rows, padded)
+    q = projections.queries_of(p, CONFIG, KIND, sources)
+    k, _ = projections.keys_and_values_of(p, CONFIG, KIND, sources)
+    q = projections.sharpened(KIND, q, jnp.full((1, 1), 1_000_000, jnp.int32))  # `horizon`
     q, k = (np.asarray(a[0], np.float64) for a in (q, k))
     weight = 0.0
     for t in range(56):
@@ -376,10 +376,10 @@ def test_negatives_are_the_keys_of_other_rows() -> None:
     segments = np.asarray(batch.segments)
     rows = jnp.pad(x, ((0, 0), (KIND.conv_tail, 0), (0, 0)))
     seg = jnp.pad(batch.segments, ((0, 0), (KIND.conv_tail, 0)), constant_values=-1)
-    sources = attention._sources(p, KIND, rows, seg)
-    q = attention._queries(p, CONFIG, KIND, sources)
-    k, v = attention._keys_and_values(p, CONFIG, KIND, sources)
-    q = attention._sharpened(KIND, q, batch.positions)
+    sources = projections.sources_of(p, KIND, rows, seg)
+    q = projections.queries_of(p, CONFIG, KIND, sources)
+    k, v = projections.keys_and_values_of(p, CONFIG, KIND, sources)
+    q = projections.sharpened(KIND, q, batch.positions)
     q, k, v = (np.asarray(a, np.float64) for a in (q, k, v))
     for b in range(2):
         for t in range(18):

@@ -331,16 +331,16 @@ def test_media_fill_their_soft_positions_only() -> None:
 def test_recall_layer_points_at_what_followed_before_training() -> None:
     """At initialisation, the query after a repeated phrase matches the key of the token that came
     after the phrase the first time."""
-    from gemtool.model import attention
+    from gemtool.model import projections
 
     kind = dataclasses.replace(RECALL, heads=1, head_dim=32, qk_conv=4)
     config = dataclasses.replace(TINY, kinds=(WINDOW, kind), layers="G")
     p = params.init_params(config, jax.random.key(0))["layers"]["0"]["attention"]
     x = jax.random.normal(jax.random.key(1), (1, 60, 32))
     x = x.at[:, 50:58].set(x[:, 10:18])  # the phrase 10..17 again at 50..57: 58 should find 18
-    sources = attention._sources(p, kind, jnp.pad(x, ((0, 0), (4, 0), (0, 0))))
-    q = attention._queries(p, config, kind, sources)
-    k, _ = attention._keys_and_values(p, config, kind, sources)
+    sources = projections.sources_of(p, kind, jnp.pad(x, ((0, 0), (4, 0), (0, 0))))
+    q = projections.queries_of(p, config, kind, sources)
+    k, _ = projections.keys_and_values_of(p, config, kind, sources)
     scores = jnp.einsum("hd,sd->hs", q[0, 57], k[0, :58, 0])
     assert int(jnp.argmax(scores)) == 18
 
