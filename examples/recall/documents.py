@@ -1,8 +1,8 @@
 """Writes training documents for recall: JSONL for `gemtool tokenize`.
 
 Each document is a piece of text in which sentences "The special magic {key} number is: {number}." are
-hidden, near misses and numbers that begin alike among them, followed by a chat that asks for some: in
-the words of the report, in others, for several in one turn, and for keys that are not there. One
+hidden, near misses, names and numbers that are alike among them, followed by a chat that asks for some:
+in the words of the report, in others, for several in one turn, and for keys that are not there. One
 document in five has a wording of their own, of words of the text. Keys are words of the text too or
 made up, never the cities that `gemtool probe` asks for; text, paraphrases and near misses are not the
 probe's either: what is measured has not been seen in training.
@@ -56,14 +56,21 @@ def words_of(sentences: tuple[str, ...]) -> list[str]:
     return re.findall(r"\b[a-z]{2,10}\b", " ".join(sentences))
 
 
-def name_of(keys: list[str], rng: np.random.Generator) -> str:
-    """A word of the text, or one that nobody has seen."""
+def name_of(keys: list[str], others: list[str], rng: np.random.Generator) -> str:
+    """A word of the text, or one that nobody has seen; now and then it begins or ends as one of the
+    `others` does."""
     while True:
-        if rng.random() < 0.6:
+        if others and rng.random() < 0.3:
+            like = others[int(rng.integers(len(others)))]
+            cut = int(rng.integers(1, len(like)))
+            new = "".join(rng.choice(SYLLABLES, size=int(rng.integers(1, 3))))
+            name = like[:cut] + new if rng.random() < 0.5 else new + like[cut:]
+        elif rng.random() < 0.6:
             return str(rng.choice(keys))
-        name = "".join(rng.choice(SYLLABLES, size=int(rng.integers(2, 5)))).capitalize()
-        if name not in CITIES:
-            return name
+        else:
+            name = "".join(rng.choice(SYLLABLES, size=int(rng.integers(2, 5))))
+        if name.capitalize() not in CITIES:
+            return name.capitalize()
 
 
 def made_up(words: list[str], rng: np.random.Generator) -> tuple[str, str]:
@@ -109,7 +116,7 @@ def document(
     chosen = passage(sentences, rng, words)
     names: list[str] = []
     while len(names) < needles + 2:
-        name = name_of(keys, rng)
+        name = name_of(keys, names, rng)
         if name not in names:
             names.append(name)
     numbers: list[str] = []
@@ -160,8 +167,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("text", type=Path, help="plain text, perhaps compressed with gzip")
     parser.add_argument("--documents", type=int, default=6000)
-    parser.add_argument("--words", type=int, default=400, help="words of text a document")
-    parser.add_argument("--needles", type=int, default=4, help="needles, and questions, a document")
+    parser.add_argument("--words", type=int, default=240, help="words of text a document")
+    parser.add_argument("--needles", type=int, default=8, help="needles, and questions, a document")
     parser.add_argument(
         "--read", type=float, default=0.5, help="share of documents whose text is a target too"
     )
