@@ -98,7 +98,7 @@ def run(name: str, folder: Path, options: argparse.Namespace) -> None:
         "STAGES": folder / "stages.toml",
         "SHARDS": folder.parent / "shards",
         "LENGTH": 512,
-        "DOCUMENTS": "--documents 3000 --words 130 --needles 3",
+        "DOCUMENTS": "--documents 4000 --words 100 --needles 4",
         "LENGTHS": options.lengths,
         "SEED": options.seed,
     }
@@ -111,7 +111,7 @@ def main() -> None:
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(VARIANTS))
     parser.add_argument("--list", action="store_true", help="what there is, and what was found")
     parser.add_argument(
-        "--steps", type=int, nargs=2, default=(200, 300), metavar=("TRUNK", "INDEX")
+        "--steps", type=int, nargs=2, default=(150, 250), metavar=("TRUNK", "INDEX")
     )
     parser.add_argument("--lengths", default="64k")
     parser.add_argument("--seed", type=int, default=0)
