@@ -20,7 +20,7 @@ from gemtool.infer.sequence import Sequence
 from gemtool.model.buffers import buffer_capacity
 from gemtool.stream.context import BLOCK, Part, open_contexts
 from gemtool.stream.spans import Span
-from tests.test_mapped import mixed, quickly_compiled  # noqa: F401 (a fixture)
+from tests.test_mapped import damage, mixed, quickly_compiled  # noqa: F401 (a fixture)
 from tests.test_prefill_decode import make_engine, text_document, text_tokens
 
 
@@ -108,12 +108,25 @@ def test_goes_on_to_the_bit(
     left = read_left(engine, path)
     assert left.begun is not None
     assert left.begun.sequence.length == 3 * BLOCK
-    assert len(left.begun.sequence.pages) == 2
+    assert left.begun.sequence.first == 2 * BLOCK
     os.truncate(path, left.end)
     with path.open("a+b") as sink:
         write_context(engine, "b", documents()[1], sink, pg=None, begun=left.begun)
     assert [count for count, _ in let_go] == [4]
     assert path.read_bytes() == whole
+
+
+@pytest.mark.parametrize("start", [2 * BLOCK, 3 * BLOCK])
+def test_goes_on_before_a_damaged_block(engine: Engine, tmp_path: Path, start: int) -> None:
+    """Whether it would have been mapped or loaded."""
+    whole, path = tmp_path / "all.ctx", tmp_path / "x.ctx"
+    with whole.open("w+b") as sink:
+        write_context(engine, "b", documents()[1], sink)
+    damage(whole, path, "layers/0/v", start)
+    path.write_bytes(path.read_bytes()[: round(0.8 * whole.stat().st_size)])
+    left = read_left(engine, path)
+    assert left.begun is not None
+    assert left.begun.sequence.length == start - BLOCK
 
 
 def test_when() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 
 from gemtool.checkpoint import open_checkpoint
 from gemtool.data.vocab import Vocab
+from gemtool.errors import GemtoolError
 from gemtool.infer import forks
 from gemtool.infer.answer import Answer
 from gemtool.infer.contexts import load_context
@@ -100,14 +102,14 @@ def test_scores(engine: Engine, context: Sequence) -> None:
         for at in range(140):
             if at == 5:
                 second.append(forked.begin(1, asked[1]))
-            if at == 150:
-                break
-            scores = forked.step(np.array([said[at], said[max(at - 5, 0)]]))
+            running = np.array([True, at >= 5])
+            scores = forked.step(np.array([said[at], said[max(at - 5, 0)]]), running)
             first.append(scores[0])
             if at >= 5:
                 second.append(scores[1])
         third = [forked.begin(0, asked[2])]
-        third.append(forked.step(np.array([said[0], said[135]]))[0])
+        running = np.array([True, False])
+        third.append(forked.step(np.array([said[0], 0]), running)[0])
     for found, prompt in ((first, asked[0]), (second, asked[1]), (third, asked[2])):
         wanted = alone(prompt, len(found) - 1)
         np.testing.assert_allclose(found, wanted, atol=CLOSE, rtol=0)
@@ -134,6 +136,44 @@ def test_one_is_left_early(engine: Engine, context: Sequence) -> None:
     first = next(answers)
     answers.close()  # type: ignore[attr-defined]
     require_same(first, engine.answer(context, asked[0]), engine)
+
+
+def test_what_cannot_be_answered(engine: Engine, context: Sequence) -> None:
+    """The answers before it come first, and it says what alone it would."""
+    bad = Prompt("Say so.", grammar=Grammar.parse("grammar", "start: <[6]>"), index=1)
+    asked = [*prompts()[:2], bad, prompts()[2]]
+    with pytest.raises(GemtoolError) as alone:
+        engine.answer(context, bad)
+    answers, found = answer_together(engine, context, asked), list[Answer]()
+    with pytest.raises(GemtoolError) as together:
+        for answer in answers:
+            found.append(answer)
+    assert len(found) == 2
+    assert str(together.value) == str(alone.value)
+    require_same(engine.answer(context, asked[0]), found[0], engine)
+
+
+def test_too_much_for_two(
+    engine: Engine, context: Sequence, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What asks for more is answered alone, and its neighbours together."""
+    seen = []
+    real = Engine.answer
+    monkeypatch.setattr(Engine, "answer", lambda *given: seen.append(given[2]) or real(*given))
+    few = [dataclasses.replace(prompt, max_tokens=2) for prompt in prompts()[:4]]
+    far = dataclasses.replace(few[2], max_tokens=1 << 40, grammar=prompts()[-2].grammar)
+    found = list(answer_together(engine, context, [*few[:2], far, few[3]]))
+    assert [len(answer.tokens) for answer in found] == [2, 2, len(found[2].tokens), 2]
+    assert seen == [far, few[3]]
+
+
+def test_nothing_but_the_context(engine: Engine, context: Sequence) -> None:
+    """A raw prompt may be empty; without a context none may."""
+    asked = [Prompt("", raw=True, max_tokens=4), *prompts()[:2]]
+    wanted = [engine.answer(context, prompt).tokens for prompt in asked]
+    assert [answer.tokens for answer in answer_together(engine, context, asked)] == wanted
+    with pytest.raises(GemtoolError, match="nothing to continue"):
+        list(answer_together(engine, None, asked))
 
 
 def test_how_many_at_a_time() -> None:

@@ -49,6 +49,7 @@ class Answering:
         cached: tokens of the context before it.
         constraint: that of the prompt's grammar.
         on_text: gets the text piece by piece, as soon as it is certain.
+        started: when the work on it began, of `time.perf_counter`.
     """
 
     def __init__(
@@ -59,9 +60,10 @@ class Answering:
         length: int,
         cached: int,
         constraint: Constraint | None,
-        on_text: Callable[[str], None] | None = None,
+        on_text: Callable[[str], None] | None,
+        started: float,
     ) -> None:
-        self._started = time.perf_counter()
+        self._started = started
         self._vocab, self._entries, self._prompt = vocab, entries, prompt
         self._length, self._cached, self._constraint = length, cached, constraint
         self._on_text = on_text

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
@@ -313,15 +314,19 @@ class Engine:
         length: int,
         cached: int,
         on_text: Callable[[str], None] | None = None,
+        started: float | None = None,
     ) -> tuple[Answering, Chooser]:
         """What makes an answer to a prompt of so many tokens after `cached` others, and what chooses
-        its tokens."""
+        its tokens. `started`: when work on it began, if not now."""
+        started = time.perf_counter() if started is None else started
         constraint = None if prompt.grammar is None else self.constraints.begin(prompt.grammar)
         chooser = Chooser(
             prompt.sampling, (prompt.seed, prompt.index), prompt.max_tokens, constraint
         )
-        vocab, entries = self.vocab, self.entries
-        return Answering(vocab, entries, prompt, length, cached, constraint, on_text), chooser
+        answering = Answering(
+            self.vocab, self.entries, prompt, length, cached, constraint, on_text, started
+        )
+        return answering, chooser
 
     def answer(
         self,
@@ -332,10 +337,11 @@ class Engine:
     ) -> Answer:
         """Answers a prompt; `on_text` gets the text piece by piece as it becomes certain. `spans` are
         those of the prompt, where they are known."""
+        started = time.perf_counter()
         pieces = self.pieces(self.spans(prompt) if spans is None else spans)
         question, draft = tokens_of(pieces), None
         cached = 0 if context is None else context.length
-        answering, chooser = self.answering(prompt, len(question), cached, on_text)
+        answering, chooser = self.answering(prompt, len(question), cached, on_text, started)
         if prompt.draft:
             before = np.empty(0, np.int32) if context is None else context.tokens
             draft = NgramDraft(np.concatenate([before, question]))

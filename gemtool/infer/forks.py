@@ -27,14 +27,14 @@ def rows_for(engine: Engine, prompt: int, answer: int) -> tuple[int, int]:
     reads the prompt."""
     unit = _unit(engine.config)
     tile = PROMPT_TILE if prompt <= PROMPT_TILE else max(engine.chunk, PROMPT_TILE)
-    return _whole(unit + prompt + answer, unit), _whole(unit + prompt + tile, unit)
+    return _whole(unit + prompt + answer, unit), _whole(2 * unit + prompt + tile, unit)
 
 
 def forks_at_once(room: int, count: int) -> int:
     """How many of `count` forks that need so many rows are run together: a power of two, so that few
-    sizes are ever compiled."""
-    most = max(min(MOST, ROWS // room), 1)
-    return min(1 << (count - 1).bit_length(), 1 << (most.bit_length() - 1))
+    sizes are ever compiled; 1 where there is no room for two."""
+    most = max(min(MOST, ROWS // _power(room)), 1)
+    return min(_power(count), 1 << (most.bit_length() - 1))
 
 
 class Forked:
@@ -51,7 +51,7 @@ class Forked:
 
     def __init__(self, live: Sequence, engine: Engine, count: int, room: int, work: int) -> None:
         unit = _unit(engine.config)
-        room = _whole(1 << (room - 1).bit_length(), unit)
+        room = _whole(_power(room), unit)
         start = live.length // unit * unit
         rows = start + _whole(max(work, room), unit) + room * np.arange(count, dtype=np.int32)
         live.reserve(int(rows[-1]) + room)
@@ -82,9 +82,9 @@ class Forked:
         live.back_to(self._mark)
         return logits
 
-    def step(self, tokens: np.ndarray) -> np.ndarray:
-        """Appends a token to each fork, int32 [B]; scores float32 [B, V] of what follows. What forks
-        that have not begun or have ended are given means nothing."""
+    def step(self, tokens: np.ndarray, running: np.ndarray) -> np.ndarray:
+        """Appends a token, of int32 [B], to each fork that is `running`, bool [B]; scores float32
+        [B, V] of what follows, which mean nothing for the others."""
 
         def program(
             buffers: Buffers, tables: PageTables
@@ -97,6 +97,7 @@ class Forked:
                 self._states,
                 tables,
                 self._forks,
+                running,
             )
             return (logits, states), buffers
 
@@ -112,3 +113,8 @@ def _unit(config: ModelConfig) -> int:
 
 def _whole(count: int, unit: int) -> int:
     return -(-count // unit) * unit
+
+
+def _power(count: int) -> int:
+    """The least power of two that is as much."""
+    return 1 << (count - 1).bit_length()

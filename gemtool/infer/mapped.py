@@ -61,15 +61,17 @@ class MappedPages:
     """The whole blocks that a context begins with.
 
     Attributes:
-        parts: the blocks.
         length: positions in them.
         room: pages that tables have room for.
         tables: `gemtool.model.pages.Pages` of each layer that is paged.
     """
 
-    def __init__(self, config: ModelConfig, parts: Sequence[Part]) -> None:
-        """Takes blocks that are `mappable`, at least one."""
-        self.parts, self._verified = tuple(parts), dict[int, set[int]]()
+    def __init__(
+        self, config: ModelConfig, parts: Sequence[Part], before: MappedPages | None = None
+    ) -> None:
+        """Takes blocks that are `mappable`, at least one; the first ones may be those of `before`, and
+        what was verified of them is not again."""
+        self._parts, self._verified = parts, dict[int, set[int]]()
         sources = dict.fromkeys(part.unverified.source for part in parts if part.unverified)
         memory, begins = map_together([source.descriptor for source in sources], AREAS)
         places = dict(zip(sources, begins, strict=True))
@@ -82,7 +84,7 @@ class MappedPages:
         rows = jax.device_put(memory.view(dtype).reshape(-1, UNIT // dtype.itemsize))
         self.tables: dict[int, Pages] = {}
         for at in sorted(paged_layers(config)):
-            self._verified[at] = set()
+            self._verified[at] = set() if before is None else before._verified[at]
             table = np.zeros((2, self.room), np.int32)
             for page, part in enumerate(parts):
                 assert part.unverified is not None
@@ -104,7 +106,7 @@ class MappedPages:
         for at, pages in touched.items():
             for page in set(pages.tolist()) - self._verified[at]:
                 for path in _paths(at):
-                    self.parts[page].verify(path)
+                    self._parts[page].verify(path)
                 self._verified[at].add(page)
 
     def block(self, start: int) -> dict[str, np.ndarray]:
@@ -112,7 +114,7 @@ class MappedPages:
         as `verify`."""
         page = start // PAGE
         self.verify({at: np.array([page]) for at in self.tables})
-        part = self.parts[page]
+        part = self._parts[page]
         return {path: part.arrays[path] for at in self.tables for path in _paths(at)}
 
 

@@ -91,11 +91,11 @@ def write_context(
     header = engine.header(doc)
     if pg is not None:
         header = replace(header, pg=(*pg, provenance("prefill", pg)))
-    spilling = base is None and can_spill(engine, sink)
+    spilling = base is None and logprobs is None and can_spill(engine, sink)
     begin = sink.tell() if spilling else 0
     if base is None:
-        most = kept(expected) if spilling else None
-        sequence = engine.begin(0 if begun else expected, kept=most)
+        room = expected if begun is None else 0
+        sequence = engine.begin(room, kept=kept(room) if spilling else None)
         whole: AbstractContextManager[Sequence] = nullcontext(sequence)
         waiting, tally = np.empty(0, np.int32), Tally({})
     else:
@@ -301,7 +301,7 @@ class Planner:
         seconds = -(-tokens // size) * (constant + slope * (start + tokens / 2))
         seconds += sum(count * self._group_seconds(kind) for kind, count in groups.items() if count)
         row = engine.row_bytes()
-        lean = not start and can_map(engine.config, engine.mesh)
+        lean = not start and self._logprobs is None and can_map(engine.config, engine.mesh)
         states = -(-(start % STATE_EVERY + tokens) // STATE_EVERY)
         return Plan(
             tokens=tokens,

@@ -68,6 +68,8 @@ def _read(engine: Engine, reader: ContextReader, begin: int) -> tuple[Begun | No
     found = last = _Point({}, 0, 0, Counts(), 0, 0)
     try:
         for part in whole_parts(reader, can_map(engine.config, engine.mesh)):
+            for path in part.arrays:  # what cannot be gone on with shows here, not later
+                part.verify(path)
             if part.part == "block":
                 found = last  # A state that nothing follows may be the one at the end.
                 blocks.append(part)

@@ -82,11 +82,6 @@ class Sequence:
         return None if self._logits is None else np.asarray(self._logits)
 
     @property
-    def pages(self) -> tuple[Part, ...]:
-        """The blocks that it begins with, where those are in files."""
-        return () if self._pages is None else self._pages.parts
-
-    @property
     def first(self) -> int:
         """Position of the first row of buffers of layers that are paged."""
         return 0 if self._pages is None else self._pages.length
@@ -96,7 +91,7 @@ class Sequence:
         positions so far. No fork: that writes in the buffers of another."""
         self._verify()
         config = self._engine.config
-        self._pages = MappedPages(config, parts)
+        self._pages = MappedPages(config, parts, self._pages)
         self._state = untouched(config, self._state, self._pages.room)
 
     def _verify(self) -> None:

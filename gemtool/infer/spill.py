@@ -1,18 +1,21 @@
-"""Prefill in bounded memory: a sequence lets go of keys and values that are written, and goes on with
+"""Prefill in little memory: a sequence lets go of keys and values that are written, and goes on with
 those in its file.
 
-Layers with an index attend to them where they lie (`gemtool.infer.mapped`). Landmarks stay in memory,
-and so does all of layers to which any attends without an index. What continues another context (which
+Layers with an index attend to them where they lie (`gemtool.infer.mapped`, files of up to 8 GiB).
+Landmarks stay in memory, the last eighth of a long context, and all of layers to which any attends
+without an index. What continues another context (which
 may be continued again, by what comes next) keeps all of its own.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import stat
 from typing import BinaryIO
 
+from gemtool import log
 from gemtool.infer.engine import Engine
 from gemtool.infer.mapped import can_map, mappable
 from gemtool.infer.sequence import Sequence
@@ -44,7 +47,10 @@ def can_spill(engine: Engine, sink: BinaryIO) -> bool:
     """Whether what is written to `sink` can be read there, and attended to."""
     if not can_map(engine.config, engine.mesh) or not sink.readable():
         return False
-    return stat.S_ISREG(os.fstat(sink.fileno()).st_mode)
+    try:
+        return stat.S_ISREG(os.fstat(sink.fileno()).st_mode)
+    except (OSError, ValueError):  # no file of the system's
+        return False
 
 
 def spill(engine: Engine, sequence: Sequence, sink: BinaryIO, begin: int) -> None:
@@ -61,12 +67,18 @@ def spill(engine: Engine, sequence: Sequence, sink: BinaryIO, begin: int) -> Non
     """
     if gone(sequence.length) != sequence.length:
         return
-    sink.flush()
-    sink.seek(begin)
-    source = MappedSource(sink)
-    sink.seek(0, os.SEEK_END)
-    found = ContextReader(source, str(getattr(sink, "name", "output"))).parts(lazy=True)
-    blocks = (part for part in found if part.part == "block")
-    parts = list(itertools.islice(blocks, sequence.length // BLOCK))
-    if mappable(engine.config, parts) == len(parts):
-        sequence.go_on_with(parts)
+    try:
+        sink.flush()
+        sink.seek(begin)
+        try:
+            source = MappedSource(sink)
+        finally:
+            sink.seek(0, os.SEEK_END)
+        found = ContextReader(source, str(getattr(sink, "name", "output"))).parts(lazy=True)
+        with contextlib.closing(found):  # type: ignore[type-var]
+            blocks = (part for part in found if part.part == "block")
+            parts = list(itertools.islice(blocks, sequence.length // BLOCK))
+        if mappable(engine.config, parts) == len(parts):
+            sequence.go_on_with(parts)
+    except OSError as problem:
+        log.debug(f"{problem}: what is written stays in memory")

@@ -1,5 +1,6 @@
 """The compiled programs of inference: a step that scores the next token, one that scores every token,
-one that only writes keys and values, and what reads and grows the buffers between them."""
+one that only writes keys and values, one of many forks, and what reads and grows the buffers between
+them."""
 
 from __future__ import annotations
 
@@ -219,10 +220,12 @@ def forks_step(
     state: Cache,
     pages: PageTables,
     forks: Forks,
+    running: jax.Array,
 ) -> tuple[jax.Array, Buffers, Cache]:
-    """Runs one token of each fork, int32 [B], with the `state` of all; scores [B, V] after them."""
+    """Runs one token of each fork, int32 [B], with the `state` of all; scores [B, V] after them. Those
+    that are not `running`, bool [B], look at no blocks."""
     x = transformer.embed(params, config, tokens[:, None])
-    cache = replace(join(config, buffers, state, pages), forks=forks)
+    cache = replace(join(config, buffers, state, pages), forks=replace(forks, running=running))
     hidden, cache = transformer.step(params, config, x, cache, jnp.int32(1))
     return transformer.logits(params, config, hidden[:, 0]), *split(config, cache)
 

@@ -39,17 +39,20 @@ from gemtool.model.projections import (
 class Forks:
     """Where the forks of a context lie in its buffers.
 
-    `start`  int32 []: the first position that they do not share; of every index, a multiple of a block.
-    `rows`   int32 [B], as if positions: where the own ones of each begin; likewise multiples.
-    `room`   how many each has room for.
+    `start`    int32 []: the first position that they do not share, where a block of every index begins.
+    `rows`     int32 [B], as if positions: where the own ones of each begin; likewise multiples.
+    `room`     how many each has room for.
+    `running`  bool [B]: which go on; others write rows that nobody sees. None: all.
     """
 
     start: jax.Array
     rows: jax.Array
     room: int = dataclasses.field(metadata={"static": True})
+    running: jax.Array | None = None
 
     def places(self, positions: jax.Array) -> jax.Array:
-        """Where positions int32 [B] of the forks' own are; of those beyond the room, its last."""
+        """Where positions int32 [B] of the forks' own are; of those before and beyond, the first and
+        the last of the room."""
         return self.rows + jnp.clip(positions - self.start, 0, self.room - 1)
 
 
@@ -207,6 +210,9 @@ def _chosen(
     local = index.local_blocks(config, length)
     behind = jnp.where(local >= start, local - start + first, local)
     blocks = jnp.concatenate([behind, best], axis=1)
+    if forks.running is not None:
+        # What nobody looks at need not be read.
+        blocks = jnp.where(forks.running[:, None], blocks, -1)
     if pages is not None:
         assert own.touched is not None
         own = dataclasses.replace(own, touched=own.touched | pages_of(blocks, config.block, pages))
