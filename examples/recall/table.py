@@ -1,4 +1,5 @@
-"""Prints recall by length from rows of `gemtool probe needle --shared`: JSONL files as arguments.
+"""Prints recall by length from rows of `gemtool probe needle --shared`: JSONL files as arguments, of
+one training seed or of several together. With --plot it draws them too.
 
 Intervals are Wilson's at 95%, for as many independent cases as the scores of contexts speak for:
 needles of one haystack share its fate, so a length whose contexts differ more than chance allows
@@ -7,8 +8,8 @@ counts as fewer (the design effect of Kish, 1965).
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -64,8 +65,30 @@ def rows_of(paths: Iterable[str]) -> dict[tuple[str, int], list[dict]]:
     return found
 
 
-def main(paths: list[str]) -> None:
-    found = rows_of(paths)
+DEPTHS = 25
+
+
+def plot(rows: Iterable[dict], target: Path) -> None:
+    """The heat map of plain needles, deeper by steps of one in 24."""
+    from gemtool.probes.plot import plot_heat_map
+
+    last = DEPTHS - 1
+    drawn = [{**row, "depth": round(last * row["depth"]) / last} for row in rows]
+    plot_heat_map(drawn, target, title=f"needle: {len(drawn):,} cases")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("rows", nargs="+", help="JSONL of the probe")
+    parser.add_argument("--plot", type=Path, help="a picture")
+    options = parser.parse_args()
+    found = rows_of(options.rows)
+    if options.plot:
+        plot((row for (name, _), rows in found.items() if not name for row in rows), options.plot)
+    print_table(found)
+
+
+def print_table(found: dict[tuple[str, int], list[dict]]) -> None:
     width = max(len(name) for name, _ in found)
     title = f"{'':{width}}  " if width else ""
     print(f"{title}{'tokens':>12}  {'found':>9}  {'recall':>7}  {'95%':15}  prefill, tokens/s")
@@ -88,4 +111,4 @@ def main(paths: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()
