@@ -98,6 +98,7 @@ def prefill(ckpt: str, source: Path, target: Path) -> dict[str, Any]:
         "prefill_seconds": round(seconds, 1),
         "tokens_per_s": round(length / seconds),
         "prefill_resident": memory.resident,
+        "prefill_anonymous": memory.anonymous,
         "file": target.stat().st_size,
     }
 
