@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from gemtool.errors import CorruptInput, GemtoolError
 from gemtool.infer.contexts import load_context
 from gemtool.infer.decode import Request, answers
 from gemtool.infer.engine import Engine
+from gemtool.infer.generate import Step
 from gemtool.infer.prefill import write_context
 from gemtool.infer.sampling import Sampling
 from gemtool.infer.text import Prompt
@@ -290,20 +291,6 @@ def test_prompts_are_turns(vocab: Vocab) -> None:
     assert np.array_equal(Prompt("Hi", raw=True).tokens(vocab), vocab.encode("Hi"))
 
 
-class Scripted(Engine):
-    """An engine that always says the same."""
-
-    def __init__(self, engine: Engine, said: list[int]) -> None:
-        self.__dict__ |= engine.__dict__
-        self._said = said
-
-    def generate(self, *args: Any, **options: Any) -> Iterator[Any]:
-        for step in super().generate(*args, **options):
-            if not self._said:
-                return
-            yield type(step)(self._said.pop(0), step.logits)
-
-
 @pytest.mark.parametrize(
     ("said", "stop", "text", "finish"),
     [
@@ -322,8 +309,11 @@ def test_answers_end(
     if said.endswith("<end>"):
         tokens.append(END_TURN)
     parts: list[str] = []
-    prompt = Prompt("?", stop=stop, max_tokens=100)
-    answer = Scripted(engine, tokens).answer(None, prompt, parts.append)
+    answering, _ = engine.answering(Prompt("?", stop=stop), 5, 0, parts.append)
+    for token in tokens:
+        if answering.take(Step(token, np.empty(0, np.float32))):
+            break
+    answer = answering.end()
     assert (answer.text, answer.finish) == (text, finish)
     assert "".join(parts) == text
     assert "\ufffd" not in answer.text
