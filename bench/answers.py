@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
 
 import numpy as np
 from measure import Row, call, compare, keep_to_one_core, report
+from model import engine_of
 
 PRESETS = ("nano", "mini")
 LENGTH = 4096
@@ -26,17 +25,13 @@ def answers(preset: str, length: int = LENGTH, tokens: int = TOKENS, repeats: in
     """Greedy answers of random weights, which go on to the end: as many tokens of both."""
     import jax
 
-    from gemtool.data.vocab import Vocab
-    from gemtool.infer.engine import Engine
     from gemtool.infer.text import Prompt
     from gemtool.infer.together import answer_together
     from gemtool.model.config import load_preset
     from gemtool.model.params import init_params
 
     config = load_preset(preset)
-    params = init_params(config, jax.random.key(0))
-    checkpoint = SimpleNamespace(config=config, vocab=Vocab.load(), load_params=lambda: params)
-    engine = Engine(cast("Any", checkpoint))
+    engine = engine_of(config, init_params(config, jax.random.key(0)))
     rng = np.random.default_rng(0)
     context = engine.prefill(rng.integers(320, config.vocab_size, length, np.int32))
     words = [f"What is number {number}?" for number in range(PROMPTS)]
