@@ -316,8 +316,8 @@ def test_long(workplace: Path) -> None:
     script = f"python {ROOT}/examples/long/measure.py"
     rows = []
     for name, source, tokens in (
-        ("text", "--tokens 2k", (1800, 2200)),
-        ("video", "--video talk.mp4", (1000, 1400)),
+        ("text", "--tokens 2k", (1900, 2500)),
+        ("video", "--video talk.mp4", (5000, 7000)),
     ):
         shell(f"{script} document {source} > {name}.jsonl", workplace)
         row = json.loads(shell(f"{script} run --ckpt run {name}.jsonl", workplace).stdout)
@@ -325,10 +325,12 @@ def test_long(workplace: Path) -> None:
         assert row["file"] == (workplace / f"{name}.ctx").stat().st_size
         assert 1e8 < row["decode_anonymous"] < row["prefill_resident"] < 4e9
         assert 0 < row["first_token_seconds"] < 60
+        assert 0 <= row["right"] <= row["asked"] == 9
         (workplace / f"{name}.row").write_text(json.dumps(row))
         rows.append(row)
     shown = shell(f"{script} table text.row video.row", workplace).stdout.splitlines()
-    assert [line.split(" | ")[1] for line in shown[2:]] == [f"{row['tokens']:,}" for row in rows]
+    cells = [(line.split(" | ")[1], line.split(" | ")[-1]) for line in shown[2:]]
+    assert cells == [(f"{row['tokens']:,}", f"{row['right']} of 9 |") for row in rows]
 
 
 @pytest.mark.slow

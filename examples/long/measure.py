@@ -1,13 +1,14 @@
-"""What a long context takes: prefilled into a file, then asked for a number hidden in its middle.
+"""What a long context takes: prefilled into a file, then asked for numbers hidden all over it.
 
     python measure.py document --tokens 1M > text.jsonl
-    python measure.py document --video half-an-hour.mp4 > video.jsonl   (seen twice, before and after)
+    python measure.py document --video six-minutes.mp4 > video.jsonl   (ten times, numbers between)
     python measure.py run --ckpt RUN text.jsonl > text.row
     python measure.py table text.row video.row
 
-`run` tokenizes and prefills in a pipe, asks twice, each time in a new process, and samples the memory
-of each process while it runs: all that is resident, and of that what is anonymous (RssAnon of
-/proc/PID/status), which unlike pages of a mapped file the system cannot drop. Linux only.
+`run` tokenizes and prefills in a pipe, asks for the first number twice, each time in a new process,
+then for all, and samples the memory of each process: all that is resident, and of that what is
+anonymous (RssAnon of /proc/PID/status), which unlike pages of a mapped file the system cannot drop. The
+questions are those of `gemtool probe needle`. Linux only.
 """
 
 from __future__ import annotations
@@ -18,14 +19,16 @@ import json
 import subprocess
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import gemtool.probes
-from gemtool.probes.needle import NEEDLE, QUESTION
+from gemtool.probes.needle import CITIES, NEEDLE, PREFIX, QUESTION
 
-CITY, NUMBER = "Reykjavik", "4270913"
+HIDDEN = {city: str(4270913 + 561707 * i) for i, city in enumerate(CITIES[:9])}
+"""City -> its number, in the order in which they are in the context, as far from each other."""
 HAYSTACK = Path(gemtool.probes.__path__[0]) / "haystack.txt.gz"
 LETTERS_A_TOKEN = 4.4
 """Of the haystack, about: a context may be some percent longer or shorter than its name says."""
@@ -34,16 +37,20 @@ EVERY = 0.01
 
 
 def document(tokens: str | None, video: str | None) -> dict[str, Any]:
-    """A document for `gemtool tokenize` with a needle in its middle."""
-    needle = {"text": " " + NEEDLE.format(city=CITY, number=NUMBER) + " "}
-    if video is not None:
-        return {"id": "video", "parts": [{"video": video}, needle, {"video": video}]}
-    assert tokens is not None
+    """A document for `gemtool tokenize`: the numbers, and the same straw before, between and behind."""
+    straw = {"video": video} if video is not None else {"text": some_text(str(tokens))}
+    parts = [straw]
+    for city, number in HIDDEN.items():
+        parts += [{"text": f" {NEEDLE.format(city=city, number=number)} "}, straw]
+    return {"id": "text" if video is None else "video", "parts": parts}
+
+
+def some_text(tokens: str) -> str:
+    """A piece of the haystack, as long as what is between numbers in a context of `tokens` ("1M")."""
     count = float(tokens.rstrip("kM")) * {"k": 1e3, "M": 1e6}.get(tokens[-1], 1)
     text = " ".join(gzip.decompress(HAYSTACK.read_bytes()).decode().split())
-    half = int(count * LETTERS_A_TOKEN / 2)
-    before = (text * (half // len(text) + 1))[:half]
-    return {"id": "text", "parts": [{"text": before}, needle, {"text": before}]}
+    length = int(count * LETTERS_A_TOKEN / (len(HIDDEN) + 1))
+    return (text * (length // len(text) + 1))[:length]
 
 
 @dataclass
@@ -103,27 +110,30 @@ def prefill(ckpt: str, source: Path, target: Path) -> dict[str, Any]:
     }
 
 
-def ask(ckpt: str, context: Path) -> dict[str, Any]:
-    """Asks once, in a process of its own."""
+def ask(ckpt: str, context: Path, cities: Sequence[str]) -> dict[str, Any]:
+    """Asks in a process of its own."""
+    prompts = [
+        {"prompt": QUESTION.format(city=city), "prefix": PREFIX.format(city=city), "max_tokens": 16}
+        for city in cities
+    ]
+    questions = context.with_suffix(".prompts.jsonl")
+    questions.write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts))
+    command = ["gemtool", "decode", "--ckpt", ckpt, "--cache", context, "--prompts", questions]
     started = time.monotonic()
-    question = QUESTION.format(city=CITY)
-    command = ["gemtool", "decode", "--ckpt", ckpt, "--cache", context, "--format", "text"]
     with (
-        subprocess.Popen(
-            [*command, "--prompt", question, "--max-tokens", "24"], stdout=subprocess.PIPE
-        ) as process,
+        subprocess.Popen([*command, "--format", "text"], stdout=subprocess.PIPE) as process,
         Memory(process.pid) as memory,
     ):
         assert process.stdout is not None
         first = process.stdout.read(1)
         seconds = time.monotonic() - started
-        answer = (first + process.stdout.read()).decode().strip()
+        answers = (first + process.stdout.read()).decode()
         if process.wait():
             raise SystemExit(f"{context}: decode failed")
     return {
         "first_token_seconds": round(seconds, 2),
-        "answer": answer,
-        "right": NUMBER in answer,
+        "right": sum(HIDDEN[city] in answers for city in cities),
+        "asked": len(cities),
         "decode_anonymous": memory.anonymous,
     }
 
@@ -131,18 +141,19 @@ def ask(ckpt: str, context: Path) -> dict[str, Any]:
 def run(ckpt: str, source: Path) -> dict[str, Any]:
     target = source.with_suffix(".ctx")
     row = {"name": source.stem, **prefill(ckpt, source, target)}
-    first = ask(ckpt, target)
+    first, second = (ask(ckpt, target, list(HIDDEN)[:1]) for _ in range(2))
     return {
         **row,
-        **ask(ckpt, target),
+        **ask(ckpt, target, list(HIDDEN)),
         "first_token_seconds_before": first["first_token_seconds"],
+        "first_token_seconds": second["first_token_seconds"],
     }
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     head = (
         "| context | tokens | prefill | tokens/s | its memory | file | first token | anonymous memory |"
-        " answer |"
+        " numbers found |"
     )
     lines = [head, "|" + " --- |" * 9]
     for row in rows:
@@ -155,7 +166,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             f"{row['file'] / 1e9:.2f} GB",
             f"{row['first_token_seconds']:.1f} s",
             f"{row['decode_anonymous'] / 1e9:.2f} GB",
-            "right" if row["right"] else f"wrong: {row['answer'][:40]!r}",
+            f"{row['right']} of {row['asked']}",
         )
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
