@@ -2,7 +2,8 @@
 
     python ablations.py                    all, into ../../build/recall/ablations; done ones are skipped
     python ablations.py shift sticky       some
-    python ablations.py --list             what there is
+    python ablations.py --lengths 64k,1M base two        asks at a million tokens too
+    python ablations.py --list             what there is, and what was found
 
 Each is a folder of its own, made by the Makefile of the recipe with another model.toml and stages.toml;
 interrupted, it goes on where it was. Five to ten minutes each on one core.
@@ -99,11 +100,23 @@ def run(name: str, folder: Path, options: argparse.Namespace) -> None:
         "SHARDS": folder.parent / "shards",
         "LENGTH": 512,
         "DOCUMENTS": "--documents 4000 --words 100 --needles 4",
-        "LENGTHS": options.lengths,
         "SEED": options.seed,
     }
-    command = ["make", "-s", "-C", str(HERE), f"{folder}/recall.jsonl"]
+    targets = [str(path) for path in answers(folder, options).values()]
+    command = ["make", "-s", "-C", str(HERE), *targets]
     subprocess.run([*command, *(f"{k}={v}" for k, v in settings.items())], check=True)
+
+
+def answers(folder: Path, options: argparse.Namespace) -> dict[str, Path]:
+    """The rows of the probe, of each length."""
+    return {name: folder / f"recall-{name}.jsonl" for name in options.lengths.split(",")}
+
+
+def found(path: Path) -> str:
+    if not path.exists():
+        return ""
+    scores = [json.loads(line)["score"] for line in path.open()]
+    return f"{sum(scores):.0f} of {len(scores)}"
 
 
 def main() -> None:
@@ -113,7 +126,7 @@ def main() -> None:
     parser.add_argument(
         "--steps", type=int, nargs=2, default=(150, 250), metavar=("TRUNK", "INDEX")
     )
-    parser.add_argument("--lengths", default="64k")
+    parser.add_argument("--lengths", default="64k", help="as of gemtool probe needle")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--build", type=Path, default=HERE / "../../build/recall/ablations")
     options = parser.parse_args()
@@ -123,10 +136,8 @@ def main() -> None:
             parser.error(f"no ablation {name!r}; there are {', '.join(VARIANTS)}")
         if not options.list:
             run(name, build / name, options)
-        rows = build / name / "recall.jsonl"
-        scores = [json.loads(line)["score"] for line in rows.open()] if rows.exists() else []
-        found = f"{sum(scores):.0f} of {len(scores)}" if scores else ""
-        print(f"{name:12} {VARIANTS[name][0]:52} {found}", flush=True)
+        cells = [f"{found(path):14}" for path in answers(build / name, options).values()]
+        print(f"{name:12} {VARIANTS[name][0]:52} {' '.join(cells)}".rstrip(), flush=True)
 
 
 if __name__ == "__main__":
