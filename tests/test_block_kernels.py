@@ -18,10 +18,11 @@ from gemtool.kernels import blocks as operations
 from gemtool.kernels.attention import flash_attention, merge_attention, partial_attention
 from gemtool.kernels.blocks import (
     block_attention,
-    block_scores,
     choose_blocks,
+    last_scores,
     partial_block_attention,
 )
+from gemtool.kernels.blocks.reference import block_scores
 from gemtool.kernels.dispatch import compiling_for
 
 FORWARD = {"rtol": 2e-5, "atol": 2e-5}
@@ -500,6 +501,18 @@ def test_scores_are_the_definition() -> None:
     want = np.einsum("bti,bmij->bmtj", u.astype(np.float64), landmarks).max(axis=1)
     want = np.stack([want[:, t : t + 8].max(axis=1) for t in range(5)], axis=1)
     np.testing.assert_allclose(block_scores(u, landmarks), want, **FORWARD)
+
+
+@pytest.mark.parametrize("exist", [1, 1500, 3000])
+def test_last_scores(exist: int) -> None:
+    """Of several sequences at once, of one tile and of several, the last one cut; of the first blocks
+    alone."""
+    u, landmarks = normal(1, 3, 8, 4), normal(2, 1, 2, 4, exist)
+    want = np.stack([block_scores(one[None], landmarks)[0, 0] for one in u])
+    for count in (0, min(exist, 1100), exist, exist + 1):
+        got = jax.jit(last_scores)(u, landmarks, np.int32(count))
+        assert got.shape == (3, exist)
+        np.testing.assert_allclose(got[:, :count], want[:, :count], **FORWARD)
 
 
 @pytest.mark.parametrize("length", [1, 60])

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from gemtool.kernels.attention import merge_attention, partial_attention
-from gemtool.kernels.blocks import block_scores, paged_block_attention, partial_block_attention
+from gemtool.kernels.blocks import last_scores, paged_block_attention, partial_block_attention
 from gemtool.model import index
 from gemtool.model.attention import LayerCache, attend_cached, output
 from gemtool.model.config import LayerKind, ModelConfig
@@ -192,14 +192,11 @@ def _chosen(
     assert held.index is not None
     assert held.index.landmarks is not None
     own, recent = index.extend_queries(config, cache.index, index.query_vectors(p, x), jnp.int32(1))
-    landmarks = held.index.landmarks
-    # [B, J], of all that is there: landmarks are read once.
-    scores = jax.vmap(lambda u: block_scores(u[None], landmarks, sticky=config.sticky)[0, 0])(
-        recent
-    )
-    at, start = jnp.arange(scores.shape[1], dtype=jnp.int32)[None], forks.start // config.block
-    first = (forks.rows // config.block)[:, None]
+    start, first = forks.start // config.block, (forks.rows // config.block)[:, None]
     count = index.candidates(config, length)[:, None]
+    used = (first + jnp.maximum(count - start, 0)).max()
+    scores = last_scores(recent, held.index.landmarks, used)  # [B, J], of shared and own ones
+    at = jnp.arange(scores.shape[1], dtype=jnp.int32)[None]
     is_shared = at < jnp.minimum(count, start)
     is_own = (at >= first) & (at < first + count - start)
     most = min(config.most(index.position_capacity(config, scores.shape[1])), scores.shape[1])

@@ -15,18 +15,17 @@ import jax.numpy as jnp
 
 from gemtool.kernels.blocks.reference import (
     block_attention_reference,
-    block_scores,
     choose_blocks_reference,
     paged_block_attention_reference,
 )
-from gemtool.kernels.blocks.select import choose_blocks_xla
+from gemtool.kernels.blocks.select import choose_blocks_xla, last_scores
 from gemtool.kernels.blocks.xla import block_attention_xla, paged_block_attention_xla
 from gemtool.kernels.dispatch import deferred, dispatch
 
 __all__ = [
     "block_attention",
-    "block_scores",
     "choose_blocks",
+    "last_scores",
     "paged_block_attention",
     "partial_block_attention",
 ]
@@ -228,7 +227,7 @@ def choose_blocks(
 
     The score of block j for query t is the greatest dot product of one of its M landmarks with one
     of the index queries t - sticky + 1 .. t. Looking back keeps a choice for some steps and lets
-    neighbours choose nearly the same. `block_scores` has all of them.
+    neighbours choose nearly the same. `reference.block_scores` has all of them.
 
     Work is proportional to the candidates, not to NB. There is no gradient.
 

@@ -159,6 +159,36 @@ def _choose(
     return chosen.reshape(batch, -1, most)[:, :length]
 
 
+def last_scores(u: jax.Array, landmarks: jax.Array, count: jax.Array) -> jax.Array:
+    """The scores that `choose_blocks` compares, of the last query of each of F sequences, all of which
+    have the same landmarks: floating [F, NB]. They are computed tile by tile, so that what is between
+    takes little memory.
+
+    Args:
+        u: floating [F, sticky, I], that query and those that it looks back at.
+        landmarks: floating [1, M, I, NB].
+        count: int32 []: only of so many blocks, the first ones. Scores of others mean nothing.
+    """
+    forks, sticky, dim = u.shape
+    _, slots, _, exist = landmarks.shape
+    dtype = accumulator(u.dtype)
+    tile = min(TILES[-1][1], exist)
+    rows = u.astype(dtype).reshape(-1, dim)
+
+    def of_tile(number: jax.Array, scores: jax.Array) -> jax.Array:
+        first = jnp.minimum(number * tile, exist - tile)
+        # Of the whole array: for a part of it XLA's CPU compiler copies it before the loop.
+        marks = lax.dynamic_slice(landmarks, (0, 0, 0, first), (1, slots, dim, tile))[0]
+        products = jnp.einsum(
+            "ri,mij->mrj", rows, marks.astype(dtype), precision=lax.Precision.HIGHEST
+        )
+        best = products.max(axis=0).reshape(forks, sticky, tile).max(axis=1)
+        return lax.dynamic_update_slice_in_dim(scores, best, first, 1)
+
+    tiles = (jnp.minimum(count, exist) + tile - 1) // tile
+    return lax.fori_loop(jnp.int32(0), tiles, of_tile, jnp.zeros((forks, exist), dtype))
+
+
 def _best(
     plan: _Plan,
     scores: jax.Array,
