@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import functools
@@ -15,13 +16,17 @@ from typing import Any
 from gemtool import log
 from gemtool.errors import reason
 
+CACHE_BYTES = 1 << 30
+"""Of compiled programs that are kept, at most: those of some thousand shapes of a small model."""
+
 
 def setup_jax(keep_programs: bool = True) -> None:
     """Configures JAX; every verb that computes calls this before its first JAX operation.
 
     Types never widen silently and ranks never broadcast silently. Compiled programs are kept in
-    `cache_folder()`, so that a verb called a second time starts at once; those for devices that are
-    not here cannot be read back, hence `keep_programs`. Platforms are left to JAX_PLATFORMS.
+    `cache_folder()`, so that a verb called a second time starts at once, and of what exceeds
+    `CACHE_BYTES` at its start the least recently used are removed; those for devices that are not
+    here cannot be read back, hence `keep_programs`. Platforms are left to JAX_PLATFORMS.
     """
     _keep_pages()
     import jax
@@ -46,9 +51,34 @@ def setup_jax(keep_programs: bool = True) -> None:
         tell = log.warning if os.environ.get("GEMTOOL_CACHE") else log.debug
         tell(f"{folder}: compiled programs are not kept: {reason(problem)}")
         return
+    _drop_oldest(folder, CACHE_BYTES)
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+
+def _drop_oldest(folder: Path, most: int) -> None:
+    """Where files of a folder take more than `most` bytes, removes those that were not used for
+    longest, until they take three quarters of that.
+
+    JAX can bound its cache too, but writes a second file a program and from then on keeps nothing if
+    one of them is missing, as after a kill -9.
+    """
+    found = []
+    for path in folder.iterdir():
+        with contextlib.suppress(OSError):  # another process removes it
+            state = path.stat()
+            # Some systems never tell when a file was read: then the oldest go.
+            found.append((max(state.st_atime, state.st_mtime), state.st_size, path))
+    left = sum(size for _, size, _ in found)
+    if left <= most:
+        return
+    for _, size, path in sorted(found):
+        if left <= most * 3 // 4:
+            return
+        with contextlib.suppress(OSError):
+            path.unlink()
+        left -= size
 
 
 @functools.cache  # once a process

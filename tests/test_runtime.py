@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 import sys
@@ -49,3 +50,22 @@ def huge_pages() -> bool:
 def test_a_program_runs_again_in_the_pages_it_had() -> None:
     # A few remain: a run may ask for more before the last one's is free.
     assert page_faults(set_up=True) < page_faults(set_up=False) / 4
+
+
+def test_the_cache_is_bounded(tmp_path: Path) -> None:
+    """Programs that were not used for longest go, until a quarter of the room is free."""
+    folder = tmp_path / "xla"
+    folder.mkdir()
+    # Number, when it was made, and when it was last read.
+    for name, made, read in ((0, 100, 900), (1, 200, 200), (2, 300, 300), (3, 400, 400)):
+        (folder / f"{name}-cache").write_bytes(bytes(300))
+        os.utime(folder / f"{name}-cache", (read, made))
+
+    def left(most: int) -> set[str]:
+        script = f"from gemtool import runtime as r; r.CACHE_BYTES = {most}; r.setup_jax()"
+        environment = {**os.environ, "GEMTOOL_CACHE": str(tmp_path)}
+        subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, check=True)
+        return {path.name[0] for path in folder.iterdir()}
+
+    assert left(1200) == {"0", "1", "2", "3"}
+    assert left(1199) == {"0", "3"}
