@@ -292,19 +292,25 @@ def test_a_full_disk_behind_a_state(
 
 
 @pytest.mark.usefixtures("spans")
-@pytest.mark.parametrize("options", [[], ["-f"], ["--resume"]])
+@pytest.mark.parametrize("what", ["prefill", "logprobs", "append", "flatten", "save"])
+@pytest.mark.parametrize("options", [[], ["-f"], ["--resume"]], ids=["", "force", "resume"])
 def test_a_second_writer_is_refused(
-    verb: Verb, folder: Path, tmp_path: Path, context: bytes, options: list[str]
+    verb: Verb, folder: Path, tmp_path: Path, context: bytes, what: str, options: list[str]
 ) -> None:
     """And the first is not disturbed."""
+    if what not in ("prefill", "append") and "--resume" in options:
+        pytest.skip("goes without --resume")
+    (tmp_path / "a.ctx").write_bytes(context)
+    commands = writers(folder)
+    commands["logprobs"] = [*commands["prefill"], "--logprobs", 0]
     with resumable_output(str(tmp_path / "n.ctx"), force=False, resume=False) as first:
         first.file.write(context[:9000])
         first.keep()
-        done = verb(*writers(folder)["prefill"], *options)
+        done = verb(*commands[what], *options)
         require_refused(done, 1, "n.ctx.partial: another process is writing it")
         first.file.write(context[9000:])
     assert (tmp_path / "n.ctx").read_bytes() == context
-    assert {path.name for path in tmp_path.iterdir()} == {"b.spans", "n.ctx"}
+    assert {path.name for path in tmp_path.iterdir()} == {"a.ctx", "b.spans", "n.ctx"}
 
 
 @pytest.mark.parametrize("resumable", [False, True])

@@ -275,21 +275,38 @@ def test_nobody_reads_stdout(arguments: str, tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (141, b"")
 
 
-def test_what_killed_processes_left_is_removed(gemtool: Command, tmp_path: Path) -> None:
+def test_one_process_writes_a_file(gemtool: Command, tmp_path: Path) -> None:
+    """A second one is refused, also with -f; what a killed one left is in nobody's way."""
     command = [sys.executable, "-m", "gemtool", "tokenize", "-o", "out.spans"]
     environment = command_environment()
     tool = subprocess.Popen(command, stdin=subprocess.PIPE, cwd=tmp_path, env=environment)
-    while not (left := list(tmp_path.glob(".out.spans.*"))):
-        time.sleep(0.05)
-    time.sleep(0.2)  # for its lock
-    unlike = tmp_path / ".out.spans.backup"
-    unlike.write_text("mine")
+    try:
+        partial = tmp_path / "out.spans.partial"
+        deadline = time.monotonic() + 60
+        while not partial.exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        time.sleep(0.2)  # for its lock
+        for options in ([], ["-f"]):
+            done = gemtool("tokenize", "-o", "out.spans", *options, input=b"text", check=False)
+            says = b"gemtool: error: out.spans.partial: another process is writing it\n"
+            assert (done.returncode, done.stdout, done.stderr) == (1, b"", says)
+    finally:
+        tool.kill()
+        tool.communicate()
+    assert partial.exists()
     gemtool("tokenize", "-o", "out.spans", input=b"text")
-    assert left[0].exists(), "it is still being written"
-    tool.kill()
-    tool.communicate()
-    gemtool("tokenize", "-f", "-o", "out.spans", input=b"text")
-    assert {path.name for path in tmp_path.iterdir()} == {"out.spans", unlike.name}
+    assert [path.name for path in tmp_path.iterdir()] == ["out.spans"]
+
+
+def test_no_link_is_written_through(gemtool: Command, tmp_path: Path) -> None:
+    """In a folder of all users, somebody else may have made one."""
+    (tmp_path / "theirs").write_text("theirs")
+    (tmp_path / "out.spans.partial").symlink_to("theirs")
+    done = gemtool("tokenize", "-o", "out.spans", input=b"text", check=False)
+    assert done.returncode == 1
+    assert b"out.spans: cannot be written: too many" in done.stderr
+    assert (tmp_path / "theirs").read_text() == "theirs"
 
 
 def test_help_of_formats(gemtool: Command) -> None:

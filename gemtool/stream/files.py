@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import re
@@ -88,12 +89,13 @@ def open_output(
     """Opens the output of a verb for binary writing.
 
     None is stdout, where binary data is refused if it is a terminal; `-` is stdout even then. A
-    file is written under a temporary name beside the final one, which it gets when the block ends
-    without an exception; otherwise nothing is left.
+    file is written as FILE.partial, and gets its name when the block ends without an exception;
+    otherwise nothing is left.
 
     Raises:
         UsageError: binary data for a terminal, or the file exists and `force` is false.
-        GemtoolError: the file cannot be written (permissions, full disk).
+        GemtoolError: the file cannot be written (permissions, full disk), or another process is
+            writing it.
     """
     if path is None or path == "-":
         if binary and path is None and sys.stdout.isatty():
@@ -105,26 +107,23 @@ def open_output(
         sys.stdout.buffer.flush()
         return
     target = Path(path)
-    if target.is_dir():
-        raise UsageError(f"{path}: is a folder; name a file")
-    special = target.exists() and not target.is_file()  # /dev/null, a FIFO: nothing to rename
-    if not special and not force:
-        _require_new(target, path)
-    try:
-        if special:
-            with target.open("wb") as file:
-                yield file
-            return
-        with atomic_file(target) as file:
+    if target.exists() and not target.is_file() and not target.is_dir():
+        with _failures(path, target), target.open("wb") as file:  # /dev/null, a FIFO: no renaming
             yield file
-            if not force:
-                _require_new(target, path)  # another process may have been faster
+        return
+    with resumable_output(path, force=force, resume=False) as partial:
+        yield partial.file
+
+
+@contextlib.contextmanager
+def _failures(path: str, written: Path) -> Iterator[None]:
+    """Says of `path` why the file `written` cannot be. What the block reads, or writes elsewhere, is no
+    failure of this output."""
+    try:
+        yield
     except OSError as problem:
-        if isinstance(problem, BrokenPipeError):
-            raise
-        # What the block itself reads, or writes elsewhere, is no failure of this output.
-        where = None if problem.filename is None else Path(problem.filename).absolute().parent
-        if where != target.absolute().parent and (where or not no_room(problem)):
+        named = problem.filename is not None
+        if Path(str(problem.filename)) != written if named else not no_room(problem):
             raise
         raise GemtoolError(f"{path}: cannot be written: {reason(problem)}") from None
 
@@ -146,7 +145,7 @@ def atomic_file(target: Path) -> Iterator[BinaryIO]:
     with removed_on_signal(lambda: temporary.unlink(missing_ok=True)):
         try:
             with temporary.open("xb") as file:
-                with contextlib.suppress(OSError):  # some file systems have no locks
+                with _where_there_are_locks():
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 yield file
                 file.flush()
@@ -178,9 +177,10 @@ def open_locked(path: Path) -> BinaryIO:
         OSError: it cannot be opened.
     """
     while True:
-        file = path.open("a+b")
+        file = open(path, "a+b", opener=_no_link)  # noqa: SIM115
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with _where_there_are_locks():
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # The holder before us may have renamed it meanwhile.
             if os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 return file
@@ -192,13 +192,29 @@ def open_locked(path: Path) -> BinaryIO:
         file.close()
 
 
+def _no_link(path: str, flags: int) -> int:
+    """Opens no symbolic link: in a folder of all users, it might be another one's."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+
+
+@contextlib.contextmanager
+def _where_there_are_locks() -> Iterator[None]:
+    """Some file systems have no locks; then nobody is kept out."""
+    try:
+        yield
+    except OSError as problem:
+        if problem.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
+
+
 def is_resumable(path: str | None) -> bool:
     """Whether an output is a file: not standard output, a device or a FIFO."""
     return path not in (None, "-") and (Path(str(path)).is_file() or not Path(str(path)).exists())
 
 
 def partial_name(target: Path) -> Path:
-    """The file that `resumable_output` writes before it is whole."""
+    """The file that outputs are written to before they are whole."""
+    target = target.resolve() if target.is_symlink() else target
     return target.with_name(target.name + ".partial")
 
 
@@ -206,6 +222,7 @@ def partial_name(target: Path) -> Path:
 def resumable_output(path: str, *, force: bool, resume: bool) -> Iterator[PartialOutput]:
     """Opens an output file that an interruption may leave to be resumed, as FILE.partial: if the block
     has said `keep`, else nothing is left. It gets its name when the block ends without an exception.
+    What a symbolic link names is replaced, not the link.
 
     Args:
         path: the file.
@@ -228,7 +245,7 @@ def resumable_output(path: str, *, force: bool, resume: bool) -> Iterator[Partia
         elif partial.exists():
             log.last_words(f"{partial}: kept; --resume goes on with it")
 
-    try:
+    with _failures(path, partial):
         with open_locked(partial) as file:
             if not resume:
                 file.truncate(0)
@@ -241,17 +258,11 @@ def resumable_output(path: str, *, force: bool, resume: bool) -> Iterator[Partia
                         _require_new(target, path)  # whoever made it did not lock the partial file
                     file.flush()
                     os.fsync(file.fileno())
-                    partial.replace(target)
+                    partial.replace(partial.with_name(partial.name.removesuffix(".partial")))
                 except BaseException:
                     left()
                     raise
-        sync_folder(target.parent)
-    except OSError as problem:
-        # What the block itself reads, or writes elsewhere, is no failure of this output.
-        named = problem.filename is not None
-        if Path(str(problem.filename)) != partial if named else not no_room(problem):
-            raise
-        raise GemtoolError(f"{path}: cannot be written: {reason(problem)}") from None
+        sync_folder(partial.parent)
 
 
 class PartialOutput:
