@@ -82,9 +82,9 @@ def error(message: str, **fields: Any) -> None:
     _emit("error", message, fields)
 
 
-def last_words(message: str) -> None:
+def last_words(message: str, level: str = "info") -> None:
     """Says why the process is about to end. Safe in a signal handler, whatever is being printed."""
-    line = _line("info", message, {}) + "\n"
+    line = _line(level, message, {}) + "\n"
     if _settings.bar:
         line = _ERASE_BAR + line
     elif os.isatty(2) and not _settings.as_json:

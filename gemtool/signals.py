@@ -1,4 +1,5 @@
-"""What SIGINT, SIGTERM and SIGHUP do: remove what is unfinished, say so, end the process.
+"""What SIGINT, SIGTERM and SIGHUP do: remove what is unfinished, say so, end the process. The same for
+SIGBUS, of a mapped file that was cut.
 
 The handlers raise nothing: an exception out of a handler is lost wherever Python or a library
 discards exceptions (destructors, callbacks of the garbage collector, imports), and the work would
@@ -12,8 +13,10 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from types import FrameType
+from typing import Any, NoReturn
 
 from gemtool import log
+from gemtool.errors import CorruptInput
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """Signals that ask a process to end; its exit code is then 128 + their number."""
@@ -21,6 +24,8 @@ STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _WORDS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated", signal.SIGHUP: "hung up"}
 
 _removals: list[Callable[[], object]] = []
+_bus_error: list[Any] = []
+"""What handles one: kept, as only the system refers to it."""
 
 
 def install() -> None:
@@ -74,11 +79,43 @@ def word(number: int) -> str:
     return _WORDS[signal.Signals(number)]
 
 
+def explain_bus_errors(explain: Callable[[], str | None]) -> None:
+    """Ends the process with what `explain` says, as of a corrupt input, where memory that is a mapped
+    file cannot be read any more; if it says None, with the signal. Only the first call counts.
+
+    Whatever looks at the memory cannot go on, and Python's own handlers are called when it has: so this
+    one is the system's, called in the thread that looked.
+    """
+    if _bus_error:
+        return
+    import ctypes
+
+    system = ctypes.CDLL(None).signal
+    system.restype, system.argtypes = ctypes.c_void_p, (ctypes.c_int, ctypes.c_void_p)
+
+    def end(number: int) -> None:
+        message = None
+        with contextlib.suppress(Exception):
+            message = explain()
+        if message is None:
+            system(number, before)  # which is called as soon as this returns
+        else:
+            _end(message, CorruptInput.exit_code, "error")
+
+    handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(end)
+    _bus_error.append(handler)
+    before = system(signal.SIGBUS, ctypes.cast(handler, ctypes.c_void_p))
+
+
 def _stop(number: int, frame: FrameType | None) -> None:
     for each in STOPPING:
         signal.signal(each, lambda number, frame: os._exit(128 + number))
-    log.last_words(word(number))
+    _end(word(number), 128 + number)
+
+
+def _end(message: str, code: int, level: str = "info") -> NoReturn:
+    log.last_words(message, level)
     for removal in reversed(_removals):
         with contextlib.suppress(Exception):
             removal()
-    os._exit(128 + number)
+    os._exit(code)

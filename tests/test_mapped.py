@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -19,13 +23,14 @@ from gemtool.infer import engine as engines
 from gemtool.infer.contexts import Base, Loaded, load_context, open_base
 from gemtool.infer.engine import Engine
 from gemtool.infer.prefill import write_context
+from gemtool.infer.sequence import Sequence
 from gemtool.infer.text import Prompt
 from gemtool.model.buffers import buffer_capacity
 from gemtool.model.cache import full_layers
 from gemtool.model.config import ModelConfig
 from gemtool.model.pages import paged_layers
 from gemtool.stream.context import BLOCK, open_contexts
-from tests.conftest import Command
+from tests.conftest import Command, command_environment
 from tests.test_index_infer import indexed, require_same, said
 from tests.test_prefill_decode import make_engine, text_document, text_tokens
 
@@ -182,6 +187,96 @@ def test_damage_of_what_is_read_when_it_is_opened(
     damage(chain.with_stem("a"), tmp_path / "x.ctx", name, start)
     with pytest.raises(CorruptInput, match=rf"x\.ctx: near byte .*: {name} of tokens {start:,}"):
         load(engine, tmp_path / "x.ctx")
+
+
+@pytest.mark.parametrize("name", ["a", "c"])
+def test_a_file_that_is_written_over(
+    engine: Engine, chain: Path, tmp_path: Path, name: str
+) -> None:
+    """Even what was verified is compared again, before anything that came of it is given."""
+    path = tmp_path / f"{name}.ctx"
+    for each in COUNTS:
+        shutil.copy(chain.with_stem(each), tmp_path)
+    sequence = load(engine, tmp_path / "c.ctx").sequence
+    wanted = said(engine, sequence, 1)
+    same = path.read_bytes()
+    path.write_bytes(same)
+    require_same(said(engine, sequence, 1), wanted)
+    with path.open("r+b") as file:  # in place, as cp does
+        file.write(np.random.default_rng(0).bytes(len(same)))
+    says = rf"{name}\.ctx: near byte .* does not match its checksum"
+    with pytest.raises(CorruptInput, match=says):
+        said(engine, sequence, 1)
+
+
+@pytest.mark.parametrize("name", ["a", "c"])
+def test_a_file_that_is_written_over_while_it_is_opened(
+    engine: Engine, chain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    for each in COUNTS:
+        shutil.copy(chain.with_stem(each), tmp_path)
+    path, real = tmp_path / f"{name}.ctx", Engine.restore
+
+    def restore(*arguments: Any) -> Sequence:
+        with path.open("r+b") as file:
+            file.seek(-2000, os.SEEK_END)
+            file.write(bytes(10))
+        return real(*arguments)
+
+    monkeypatch.setattr(Engine, "restore", restore)
+    with pytest.raises(
+        CorruptInput, match=rf"{name}\.ctx: was written to, or cut, while it was read"
+    ):
+        load(engine, tmp_path / "c.ctx")
+
+
+def lines_of(tool: subprocess.Popen[bytes], prompts: int) -> list[bytes]:
+    """The answers to some prompts of a process that reads them from a pipe."""
+    assert tool.stdin is not None
+    assert tool.stdout is not None
+    found = []
+    for number in range(prompts):
+        tool.stdin.write(json.dumps({"prompt": f"Which of {number}?"}).encode() + b"\n")
+        tool.stdin.flush()
+        found.append(tool.stdout.readline())
+    return found
+
+
+@pytest.mark.parametrize("how", ["cut", "written over", "moved"])
+def test_while_questions_are_asked(folder: Path, chain: Path, tmp_path: Path, how: str) -> None:
+    """A context that is cut or written over in place, as a shell does it, gives no answer any more."""
+    for each in COUNTS:
+        shutil.copy(chain.with_stem(each), tmp_path)
+    command = [sys.executable, "-m", "gemtool", "decode", "--ckpt", folder, "--cache", "c.ctx",
+               "--prompts", "-", "--max-tokens", "4"]  # fmt: skip
+    pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    with subprocess.Popen(command, cwd=tmp_path, env=command_environment(), **pipes) as tool:
+        first = lines_of(tool, 1)
+        assert json.loads(first[0])["tokens"]
+        file = tmp_path / "a.ctx"
+        if how == "cut":
+            os.truncate(file, 1000)
+        elif how == "written over":
+            with file.open("r+b") as sink:
+                sink.write(np.random.default_rng(0).bytes(file.stat().st_size))
+        else:
+            file.rename(tmp_path / "x.ctx")
+            file.write_bytes(b"another")
+        (answer,) = lines_of(tool, 1)
+        assert tool.stdin is not None
+        tool.stdin.close()
+        assert tool.stderr is not None
+        said = tool.stderr.read().decode()
+        assert tool.stdout is not None
+        assert tool.stdout.read() == b""
+    if how == "moved":
+        assert json.loads(answer)["tokens"]
+        assert (tool.returncode, said) == (0, "")
+        return
+    assert (tool.returncode, answer) == (3, b"")
+    (line,) = said.splitlines()
+    assert line.startswith("gemtool: error: a.ctx: ")
+    assert ("was written to, or cut, while" if how == "cut" else "does not match its") in line
 
 
 def test_command(gemtool: Command, folder: Path, chain: Path, tmp_path: Path) -> None:

@@ -132,3 +132,31 @@ def test_rows_are_not_wrapped_beside_a_progress_bar(tmp_path: Path) -> None:
             assert done.wait(30) == 0
         where = shown if stdout_is_terminal else (tmp_path / "rows").read_bytes()
         assert b"x" * 300 in where
+
+
+@pytest.mark.parametrize("explains", [True, False])
+def test_memory_that_is_a_file_which_was_cut(tmp_path: Path, explains: bool) -> None:
+    """Said and cleaned up, if it is known which; else as any program ends."""
+    (tmp_path / "a").write_bytes(bytes(100_000))
+    code = f"""
+import mmap, os, pathlib
+from gemtool import signals
+from gemtool.signals import explain_bus_errors, removed_on_signal
+
+signals.install()
+explain_bus_errors(lambda: "a: was cut" if {explains} else None)
+explain_bus_errors(lambda: "not this one")
+with open("a", "r+b") as file, removed_on_signal(lambda: os.unlink("b")):
+    pathlib.Path("b").touch()
+    memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    file.truncate(10)
+    print("not printed", memory[99_999])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=command_environment(), capture_output=True,
+        check=False,
+    )  # fmt: skip
+    says = b"gemtool: error: a: was cut\n" if explains else b""
+    ends = 3 if explains else -signal.SIGBUS
+    assert (done.returncode, done.stdout, done.stderr) == (ends, b"", says)
+    assert (tmp_path / "b").exists() is not explains

@@ -156,11 +156,11 @@ def test_a_file_that_lost_what_was_written(
 ) -> None:
     path, real = tmp_path / "a.ctx", spill.MappedSource
 
-    def damaged(sink: object) -> object:
+    def damaged(sink: object, grows: bool) -> object:
         data = bytearray(path.read_bytes())
         data[len(data) // 2] ^= 1
         path.write_bytes(data)
-        return real(sink)  # type: ignore[arg-type]
+        return real(sink, grows=grows)  # type: ignore[arg-type]
 
     monkeypatch.setattr(spill, "MappedSource", damaged)
     with pytest.raises(CorruptInput, match=r"a\.ctx: near byte"), path.open("w+b") as sink:

@@ -11,7 +11,6 @@ import numpy as np
 
 from gemtool.errors import CorruptInput, GemtoolError, UsageError
 from gemtool.infer.engine import Engine
-from gemtool.infer.mapped import can_map
 from gemtool.infer.sequence import Sequence
 from gemtool.stream.context import (
     BLOCK,
@@ -84,12 +83,11 @@ def load_context(engine: Engine, reader: ContextReader) -> Loaded:
         CorruptInput: it is damaged or truncated.
     """
     require_match(reader.header, engine.header(reader.header.doc), reader.name)
-    lazy = can_map(engine.config, engine.mesh)
     blocks: list[Part] = []
     state: Mapping[str, np.ndarray] = {}
     logits = np.empty(0, np.float32)
     length = 0
-    for part in whole_parts(reader, lazy):
+    for part in whole_parts(reader, lazy=True):
         if part.part == "block":
             blocks.append(part)
         elif part.part == "state":
@@ -101,6 +99,8 @@ def load_context(engine: Engine, reader: ContextReader) -> Loaded:
     try:
         sequence = engine.restore(length, blocks, state, logits)
         sequence.tokens = tokens = np.concatenate([block.arrays["tokens"] for block in blocks])
+        for source in {block.origin.source for block in blocks if block.origin}:
+            source.require_as_opened()
         return Loaded(reader.header.doc, sequence, tokens, reader.footer)
     except (KeyError, ValueError) as problem:
         raise CorruptInput(f"{reader.name}: the context is not whole ({problem})") from None

@@ -38,7 +38,7 @@ def mappable(config: ModelConfig, blocks: Sequence[Part]) -> int:
     """
     files: dict[MappedSource, int] = {}
     for count, part in enumerate(blocks):
-        lazy = part.unverified
+        lazy = part.origin
         if lazy is None or (part.start, part.stop) != (count * PAGE, count * PAGE + PAGE):
             return count
         for at in paged_layers(config):
@@ -72,7 +72,8 @@ class MappedPages:
         """Takes blocks that are `mappable`, at least one; the first ones may be those of `before`, and
         what was verified of them is not again."""
         self._parts, self._verified = parts, dict[int, set[int]]()
-        sources = dict.fromkeys(part.unverified.source for part in parts if part.unverified)
+        sources = dict.fromkeys(part.origin.source for part in parts if part.origin)
+        self._stamps = {source: source.stamp() for source in sources}
         memory, begins = map_together([source.descriptor for source in sources], AREAS)
         places = dict(zip(sources, begins, strict=True))
         self.length = len(parts) * PAGE
@@ -87,8 +88,8 @@ class MappedPages:
             self._verified[at] = set() if before is None else before._verified[at]
             table = np.zeros((2, self.room), np.int32)
             for page, part in enumerate(parts):
-                assert part.unverified is not None
-                source = part.unverified.source
+                assert part.origin is not None
+                source = part.origin.source
                 for which, path in enumerate(_paths(at)):
                     byte = places[source] + source.offset(part.arrays[path])
                     table[which, page] = byte // UNIT
@@ -97,12 +98,17 @@ class MappedPages:
             )
 
     def verify(self, touched: Mapping[int, np.ndarray]) -> None:
-        """Compares pages with their checksums, each the first time; `touched` has their numbers by
-        layer.
+        """Compares pages with their checksums, each the first time, and all again when somebody wrote
+        to a file; `touched` has the numbers, by layer, of all that what is computed came of.
 
         Raises:
             CorruptInput: one is damaged, so that nothing that came of it may be used.
         """
+        stamps = {source: source.stamp() for source in self._stamps}
+        if stamps != self._stamps:
+            self._stamps = stamps
+            for verified in self._verified.values():
+                verified.clear()
         for at, pages in touched.items():
             for page in set(pages.tolist()) - self._verified[at]:
                 for path in _paths(at):

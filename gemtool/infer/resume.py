@@ -44,7 +44,7 @@ def read_left(engine: Engine, path: Path) -> Left:
         return Left()
     whole: list[Mapping[str, Any]] = []
     end = 0
-    with open_contexts(str(path)) as contexts:
+    with open_contexts(str(path), grows=True) as contexts:
         while True:
             try:
                 reader = next(contexts, None)

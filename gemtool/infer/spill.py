@@ -71,7 +71,7 @@ def spill(engine: Engine, sequence: Sequence, sink: BinaryIO, begin: int) -> Non
         sink.flush()
         sink.seek(begin)
         try:
-            source = MappedSource(sink)
+            source = MappedSource(sink, grows=True)
         finally:
             sink.seek(0, os.SEEK_END)
         found = ContextReader(source, str(getattr(sink, "name", "output"))).parts(lazy=True)

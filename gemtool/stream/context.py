@@ -158,14 +158,14 @@ def _layout_text(header: ContextHeader) -> str:
 
 
 @dataclass(frozen=True)
-class Unverified:
-    """Which arrays of a part nobody has compared with their checksums, and where they are from."""
+class Origin:
+    """The mapped file of which the arrays of a part are views."""
 
     name: str
-    """Of the file, in messages."""
+    """In messages."""
     source: MappedSource
     checksums: Mapping[str, int]
-    """By path."""
+    """By path, of the arrays that nobody has compared with them."""
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,8 @@ class Part:
     """Token behind the last."""
     arrays: Mapping[str, np.ndarray]
     """By path: "tokens", "logits", "layers/2/k"."""
-    unverified: Unverified | None = None
+    origin: Origin | None = None
+    """None: nothing of it is a view of a file."""
 
     def crc32(self, path: str) -> int:
         """The checksum of one of its arrays, with what the file says about it."""
@@ -195,7 +196,7 @@ class Part:
         Raises:
             CorruptInput: it is damaged.
         """
-        lazy = self.unverified
+        lazy = self.origin
         if lazy is not None and path in lazy.checksums and lazy.checksums[path] != self.crc32(path):
             raise CorruptInput(
                 f"{lazy.name}: near byte {lazy.source.offset(self.arrays[path]):,}: {path} of tokens "
@@ -403,11 +404,16 @@ class ContextReader:
         for key, value in found.items():
             if self._stream.footer.get(key) != value:
                 raise CorruptInput(f"{self.name}: the footer does not agree with the parts ({key})")
+        if isinstance(self._source, MappedSource):
+            self._source.require_as_opened()
         self.footer = self._stream.footer
 
     def _whole_parts(self) -> Iterator[Part]:
+        source, origin = self._source, None
+        if isinstance(source, MappedSource):
+            origin = Origin(self.name, source, {})
         for batch in self._stream.batches():
-            yield _part_of(batch, self.name)
+            yield replace(_part_of(batch, self.name), origin=origin)
 
     def _lazy_parts(self) -> Iterator[Part]:
         source = self._source
@@ -421,7 +427,7 @@ class ContextReader:
                 raise CorruptInput(
                     f"{self.name}: record batch {count} cannot be read ({problem})"
                 ) from None
-            part = replace(part, unverified=Unverified(self.name, source, checksums))
+            part = replace(part, origin=Origin(self.name, source, checksums))
             for path in part.arrays:
                 if part.part != "block" or path.rpartition("/")[2] not in ("k", "v"):
                     part.verify(path)
@@ -449,10 +455,11 @@ def _part_of(batch: pa.RecordBatch, name: str) -> Part:
 
 
 @contextlib.contextmanager
-def open_contexts(path: str | None) -> Iterator[Iterator[ContextReader]]:
+def open_contexts(path: str | None, *, grows: bool = False) -> Iterator[Iterator[ContextReader]]:
     """Opens a file (memory-mapped) or stdin that holds one or more contexts.
 
     The contexts come in order; parts that were not read are verified before the next one is given.
+    `grows`: this process writes behind them, so that only it does.
 
     Raises:
         GemtoolError: the file cannot be read.
@@ -460,7 +467,7 @@ def open_contexts(path: str | None) -> Iterator[Iterator[ContextReader]]:
     """
     name = display_name(path)
     with open_input(path) as file:
-        source = source_of(file)
+        source = source_of(file, grows=grows)
         yield read_contexts(source, name, None if is_stdin(path) else Path(str(path)).parent)
 
 

@@ -13,7 +13,10 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from gemtool import signals
+from gemtool.errors import CorruptInput
 from gemtool.stream.checked import Source
+from gemtool.stream.files import printable
 
 _MAP_FIXED = 0x10  # of Linux, macOS and the BSDs; Python does not name it
 
@@ -21,19 +24,45 @@ _MAP_FIXED = 0x10  # of Linux, macOS and the BSDs; Python does not name it
 class MappedSource(Source):
     """A memory-mapped file: what is read are views of it, not copies.
 
+    Looking at what was cut off of the file meanwhile ends the process, with a line that says so.
+
+    Args:
+        file: at the byte from which on it is read.
+        grows: whether this process writes behind what is mapped.
+
     Attributes:
         descriptor: of the file, open as long as this is there.
         size: of the file.
+        name: of the file, in messages.
     """
 
-    def __init__(self, file: BinaryIO) -> None:
+    def __init__(self, file: BinaryIO, *, grows: bool = False) -> None:
         super().__init__(file)
+        self.name = printable(str(file.name))
+        self.descriptor = os.dup(file.fileno())
+        weakref.finalize(self, os.close, self.descriptor)
+        self._grows = grows
+        self._opened = self.stamp()
         self._view = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
         self.size = len(self._view)
         self._address = np.frombuffer(self._view, np.uint8).ctypes.data
         self._from = self._at = file.tell()
-        self.descriptor = os.dup(file.fileno())
-        weakref.finalize(self, os.close, self.descriptor)
+        _sources.add(self)
+        signals.explain_bus_errors(_who_was_cut)
+
+    def stamp(self) -> tuple[int, int]:
+        """Changes when another process writes to the file."""
+        status = os.fstat(self.descriptor)
+        return (0, 0) if self._grows else (status.st_size, status.st_mtime_ns)
+
+    def is_as_opened(self) -> bool:
+        """Whether nobody wrote to what is mapped of it."""
+        return self.stamp() == self._opened and os.fstat(self.descriptor).st_size >= self.size
+
+    def require_as_opened(self) -> None:
+        """Raises CorruptInput if somebody wrote to the file, so that what was read may be of two."""
+        if not self.is_as_opened():
+            raise CorruptInput(_written_to(self.name))
 
     def read(self, size: int | None = -1) -> Any:
         stop = len(self._view) if size is None or size < 0 else self._at + size
@@ -51,13 +80,30 @@ class MappedSource(Source):
         return view.ctypes.data - self._address
 
 
-def source_of(file: BinaryIO) -> Source:
-    """A mapped source of a regular file (also one redirected to stdin), else one that reads."""
+def source_of(file: BinaryIO, *, grows: bool = False) -> Source:
+    """A mapped source of a regular file (also one redirected to stdin), else one that reads; `grows` as
+    of `MappedSource`."""
     with contextlib.suppress(OSError, ValueError):
         status = os.fstat(file.fileno())
         if stat.S_ISREG(status.st_mode) and status.st_size:
-            return MappedSource(file)
+            return MappedSource(file, grows=grows)
     return Source(file)
+
+
+_sources: weakref.WeakSet[MappedSource] = weakref.WeakSet()
+
+
+def _who_was_cut() -> str | None:
+    """What to say where memory that is a file cannot be read; None: it is none of these files."""
+    cut = (source.name for source in _sources if not source.is_as_opened())
+    return next(map(_written_to, cut), None)
+
+
+def _written_to(name: str) -> str:
+    return (
+        f"{name}: was written to, or cut, while it was read; ask again when it is whole (what -o "
+        "writes can be read meanwhile: it is another file until then)"
+    )
 
 
 def map_together(descriptors: Sequence[int], areas: Sequence[int]) -> tuple[np.ndarray, list[int]]:
