@@ -161,6 +161,14 @@ class progress:  # noqa: N801 (used as a function: `with progress(...) as bar`)
             _settings.bar = True
         return self
 
+    def skip(self, amount: float) -> None:
+        """Counts units that were done before: no work of now, by which the rate is measured."""
+        self.count += amount
+        if self._first is not None:
+            self._first = (self._first[0], self._first[1] + amount)
+        if self._rich is not None:
+            self._rich.reset(self._task, completed=self.count)
+
     def update(self, amount: float = 1, note: str = "") -> None:
         """Counts `amount` more units; `note` replaces the text beside the rate."""
         self.count += amount

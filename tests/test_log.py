@@ -45,3 +45,17 @@ def test_a_single_long_unit_has_a_rate_of_its_own(clock: Clock, capsys) -> None:
         "gemtool: pack: 6,000",
         "gemtool: pack: 12,000, 100 tokens/s documents",
     ]
+
+
+def test_what_was_done_before_is_no_work_of_now(clock: Clock, capsys) -> None:
+    with log.progress("prefill", total=10_000, unit="tokens", every=30) as bar:
+        bar.skip(1000)
+        clock.now += 30
+        bar.update(1000)
+        bar.skip(6000)
+        clock.now += 60
+        bar.update(600)
+    assert capsys.readouterr().err.splitlines() == [
+        "gemtool: prefill: 2,000 of 10,000",
+        "gemtool: prefill: 8,600 of 10,000, 2:20 left, 10 tokens/s",
+    ]

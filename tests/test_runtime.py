@@ -69,3 +69,31 @@ def test_the_cache_is_bounded(tmp_path: Path) -> None:
 
     assert left(1200) == {"0", "1", "2", "3"}
     assert left(1199) == {"0", "3"}
+
+
+@pytest.mark.parametrize(
+    ("variables", "place"),
+    [
+        ({}, "home/.cache/gemtool/xla"),
+        ({"XDG_CACHE_HOME": "shared"}, "shared/gemtool/xla"),
+        ({"XDG_CACHE_HOME": "shared", "GEMTOOL_CACHE": "own"}, "own/xla"),
+        ({"XDG_CACHE_HOME": "shared", "GEMTOOL_CACHE": "off"}, None),
+    ],
+)
+def test_where_the_cache_is(tmp_path: Path, variables: dict[str, str], place: str | None) -> None:
+    """As the manual says, and nowhere else."""
+    kept = {k: v for k, v in os.environ.items() if k not in ("GEMTOOL_CACHE", "XDG_CACHE_HOME")}
+    named = {k: v if v == "off" else str(tmp_path / v) for k, v in variables.items()}
+    script = (
+        "from gemtool.runtime import setup_jax; setup_jax(); import jax; "
+        "jax.jit(lambda x: x * 3 + 1)(2.0)"
+    )
+    subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=ROOT,
+        env={**kept, **named, "HOME": str(tmp_path / "home")},
+        check=True,
+    )
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert bool(files) is (place is not None)
+    assert all(file.is_relative_to(tmp_path / str(place)) for file in files), files

@@ -177,9 +177,10 @@ def prefill(
                 if number < len(left.whole):
                     footer = left.whole[number]
                     skip_whole(footer, doc, document, base)
-                    bar.update(footer["length"] - before)
+                    bar.skip(footer["length"] - before)
                 else:
                     begun = left.begun if number == len(left.whole) else None
+                    bar.skip(0 if begun is None else begun.sequence.length - before)
                     footer = write_context(
                         engine, doc, document, sink, base=base, begun=begun, pg=pg, expected=room,
                         on_tokens=bar.update, on_state=keep, logprobs=logprobs, on_rows=_print,

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 import json
+import mmap
 import os
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 
@@ -17,6 +19,8 @@ from gemtool.checkpoint import Checkpoint
 from gemtool.control import EOD
 from gemtool.errors import CorruptInput, GemtoolError
 from gemtool.stream.checked import ARROW_MAGIC
+from gemtool.stream.files import is_stdin
+from gemtool.stream.jsonl import FOOTER_LINE
 from gemtool.stream.spans import Header, Span
 
 
@@ -93,8 +97,8 @@ def _without_end(spans: Iterable[Span]) -> Iterator[Span]:
 def expected(paths: list[str] | None) -> tuple[int, int] | None:
     """Documents and tokens of span streams by their footers, without reading their data.
 
-    None where that cannot be known: pipes, JSONL, damage (which the reader will report). With this,
-    progress has an end.
+    None where that cannot be known: pipes, JSONL without footers, damage, which the reader will report.
+    With this, progress has an end.
     """
     counts = [_expected(path) for path in paths or ["-"]]
     known = [count for count in counts if count is not None]
@@ -104,22 +108,35 @@ def expected(paths: list[str] | None) -> tuple[int, int] | None:
 
 
 def _expected(path: str) -> tuple[int, int] | None:
-    if not Path(path).is_file():
+    file = Path("/dev/stdin" if is_stdin(path) else path)  # which may be redirected
+    if not file.is_file():
         return None
     found = tokens = 0
     try:
-        with pa.memory_map(os.fsencode(path)) as file:
-            if file.read(4) != ARROW_MAGIC:
-                return None
-            file.seek(0)
-            while file.tell() < file.size():
-                for _, metadata in pa.ipc.open_stream(file).iter_batches_with_custom_metadata():
-                    encoded = None if metadata is None else metadata.get(b"gemtool.footer")
-                    if encoded is not None:
-                        if str(zlib.crc32(encoded)).encode() != metadata.get(b"crc32"):
-                            return None
-                        footer = json.loads(encoded)
-                        found, tokens = found + footer["documents"], tokens + footer["tokens"]
+        for footer in _footers(file):
+            found, tokens = found + footer["documents"], tokens + footer["tokens"]
     except (pa.ArrowException, OSError, ValueError, KeyError, TypeError):
         return None
-    return found, tokens
+    return (found, tokens) if found else None
+
+
+def _footers(path: Path) -> Iterator[dict[str, Any]]:
+    """Of the streams in a file; raises ValueError, and what Arrow does, of damage."""
+    with pa.memory_map(os.fsencode(path)) as file:
+        is_arrow = file.read(4) == ARROW_MAGIC
+        file.seek(0)
+        while is_arrow and file.tell() < file.size():
+            for _, metadata in pa.ipc.open_stream(file).iter_batches_with_custom_metadata():
+                encoded = None if metadata is None else metadata.get(b"gemtool.footer")
+                if encoded is not None:
+                    if str(zlib.crc32(encoded)).encode() != metadata.get(b"crc32"):
+                        raise ValueError("damaged")
+                    yield json.loads(encoded)
+    if is_arrow:
+        return
+    with path.open("rb") as lines, mmap.mmap(lines.fileno(), 0, access=mmap.ACCESS_READ) as text:
+        at = text.find(FOOTER_LINE)
+        while at >= 0:
+            text.seek(at + 1)
+            yield json.loads(text.readline())["footer"]
+            at = text.find(FOOTER_LINE, at + 1)

@@ -77,7 +77,7 @@ def write_context(
             not been interrupted.
         pg: provenance of the spans, to which this program is added; None leaves it out.
         expected: tokens that are likely to come, to make room for them at once.
-        on_tokens: called with the number of tokens of each tile.
+        on_tokens: called with the number of tokens of each tile; not of what is there.
         on_state: called when a state before the last is written.
         logprobs: score every token, and so many of the most likely in its place; None: only what
             comes after the last. The context is the same, but for the states before the last: those
@@ -115,7 +115,6 @@ def write_context(
             pieces = _pieces_behind(known, tally.through(spans), doc, engine)
             sequence, waiting = begun.sequence, np.empty(0, np.int32)
             begin = begun.begin
-            on_tokens(len(known))
         tiles = engine.tiles(pieces, boundary=STATE_EVERY, start=sequence.length)
 
         def after_state() -> None:

@@ -121,6 +121,10 @@ def _payload(row: dict[str, Any]) -> np.ndarray | None:
         raise ValueError(f"'payload' is not base64 of {dtype} {shape} ({problem})") from None
 
 
+FOOTER_LINE = b'\n{"footer": '
+"""How the last line of a stream begins, and no other, behind the end of the one before."""
+
+
 class JsonlSpanWriter:
     """Writes one JSONL span stream."""
 
