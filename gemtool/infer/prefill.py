@@ -17,7 +17,7 @@ from gemtool.infer.engine import Engine
 from gemtool.infer.mapped import can_map
 from gemtool.infer.pieces import GROUPS, Piece, Tile, check_span, pieces_of
 from gemtool.infer.sequence import Sequence
-from gemtool.infer.spill import can_spill, kept, spill
+from gemtool.infer.spill import begin_of, can_spill, kept, spill
 from gemtool.stream.checked import Counts
 from gemtool.stream.context import BLOCK, STATE_EVERY, ContextHeader, ContextWriter
 from gemtool.stream.header import provenance
@@ -92,7 +92,7 @@ def write_context(
     if pg is not None:
         header = replace(header, pg=(*pg, provenance("prefill", pg)))
     spilling = base is None and logprobs is None and can_spill(engine, sink)
-    begin = sink.tell() if spilling else 0
+    begin = begin_of(sink) if spilling else 0
     if base is None:
         room = expected if begun is None else 0
         sequence = engine.begin(room, kept=kept(room) if spilling else None)

@@ -10,9 +10,13 @@ may be continued again, by what comes next) keeps all of its own.
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import itertools
 import os
 import stat
+from collections.abc import Iterator
+from pathlib import Path
 from typing import BinaryIO
 
 from gemtool import log
@@ -45,12 +49,38 @@ def gone(length: int) -> int:
 
 def can_spill(engine: Engine, sink: BinaryIO) -> bool:
     """Whether what is written to `sink` can be read there, and attended to."""
-    if not can_map(engine.config, engine.mesh) or not sink.readable():
+    if not can_map(engine.config, engine.mesh):
         return False
     try:
-        return stat.S_ISREG(os.fstat(sink.fileno()).st_mode)
-    except (OSError, ValueError):  # no file of the system's
+        with _readable(sink) as file:
+            return stat.S_ISREG(os.fstat(file.fileno()).st_mode)
+    except (OSError, ValueError):  # no file of the system's, or a pipe
         return False
+
+
+@contextlib.contextmanager
+def _readable(sink: BinaryIO) -> Iterator[BinaryIO]:
+    """What is written, to be read: where a shell redirects its output to a file, that is opened again,
+    as the one that there is can only be written. Raises OSError where this system does not do that."""
+    if sink.readable():
+        try:
+            yield sink
+        finally:
+            sink.seek(0, os.SEEK_END)
+    else:
+        if not stat.S_ISREG(os.fstat(sink.fileno()).st_mode):
+            raise OSError(errno.ESPIPE, os.strerror(errno.ESPIPE))
+        with Path(f"/dev/fd/{sink.fileno()}").open("rb") as file:
+            yield file
+
+
+def begin_of(sink: BinaryIO) -> int:
+    """The byte of a file at which what is written next will be: of one that a shell appends to (>>),
+    its end, wherever it is thought to be."""
+    sink.flush()
+    if fcntl.fcntl(sink.fileno(), fcntl.F_GETFL) & os.O_APPEND:
+        return os.fstat(sink.fileno()).st_size
+    return sink.tell()
 
 
 def spill(engine: Engine, sequence: Sequence, sink: BinaryIO, begin: int) -> None:
@@ -69,12 +99,11 @@ def spill(engine: Engine, sequence: Sequence, sink: BinaryIO, begin: int) -> Non
         return
     try:
         sink.flush()
-        sink.seek(begin)
-        try:
-            source = MappedSource(sink, grows=True)
-        finally:
-            sink.seek(0, os.SEEK_END)
-        found = ContextReader(source, str(getattr(sink, "name", "output"))).parts(lazy=True)
+        with _readable(sink) as file:
+            file.seek(begin)
+            source = MappedSource(file, grows=True)
+        source.name = str(getattr(sink, "name", "output"))
+        found = ContextReader(source, source.name).parts(lazy=True)
         with contextlib.closing(found):  # type: ignore[type-var]
             blocks = (part for part in found if part.part == "block")
             parts = list(itertools.islice(blocks, sequence.length // BLOCK))
