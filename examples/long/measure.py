@@ -163,7 +163,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             f"{row['prefill_seconds']:,.0f} s",
             f"{row['tokens_per_s']:,}",
             f"{row['prefill_resident'] / 1e9:.1f} GB",
-            f"{row['file'] / 1e9:.2f} GB",
+            f"{row['file'] / 1e6:,.{0 if row['file'] > 1e7 else 1}f} MB",
             f"{row['first_token_seconds']:.1f} s",
             f"{row['decode_anonymous'] / 1e9:.2f} GB",
             f"{row['right']} of {row['asked']}",
