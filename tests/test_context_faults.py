@@ -21,7 +21,14 @@ from gemtool.checkpoint import open_checkpoint
 from gemtool.data.vocab import Vocab
 from gemtool.infer.contexts import open_base
 from gemtool.infer.engine import Engine
-from gemtool.stream.context import BLOCK, ContextHeader, ContextWriter, open_contexts
+from gemtool.stream.checked import Source
+from gemtool.stream.context import (
+    BLOCK,
+    ContextHeader,
+    ContextWriter,
+    open_contexts,
+    read_contexts,
+)
 from gemtool.stream.files import open_output, resumable_output
 from tests.conftest import Done, Verb
 from tests.test_append import text, write
@@ -70,6 +77,12 @@ def readers(folder: Path) -> list[list[object]]:
         ["prefill", *model, "--append", "a.ctx", "b.spans", "-o", "b.ctx"],
         ["prefill", *model, "--resume", "b.spans", "-o", "c.ctx"],
     ]
+
+
+def readers_of_all(folder: Path) -> list[list[object]]:
+    """Those, and the commands that read a.ctx with all that it continues and need no model."""
+    flatten: list[object] = ["prefill", "--flatten", "a.ctx", "-o", "d.ctx"]
+    return [*readers(folder), flatten, ["view", "--verify", "a.ctx"]]
 
 
 def require_refused(done: Done, code: int, says: str) -> None:
@@ -186,6 +199,55 @@ def test_before_it_has_its_name(verb: Verb, folder: Path, context: bytes, tmp_pa
     says = "a.ctx: cannot be read: it is not finished: a.ctx.partial is being written, or waits"
     require_refused(answer(verb, folder), 1, says)
     require_refused(verb("view", "a.ctx"), 1, says)
+
+
+def flipped(context: bytes) -> dict[str, bytes]:
+    """Copies with a bit flipped: in the header, in arrays of each part, and in the footer."""
+    places = {
+        "header": context.index(b'"model"') + 14,
+        "footer": context.index(b'"tokens_sha256"') + 30,
+    }
+    reader = next(read_contexts(Source(io.BytesIO(context)), "a.ctx"))
+    for part in reader.parts():
+        for name, array in part.arrays.items():
+            if array.nbytes > 100:
+                at = context.index(array.tobytes()) + array.nbytes // 2
+                places[f"{part.part} {part.start} {name}"] = at
+    assert {name.partition(" ")[0] for name in places} == {
+        "header", "footer", "block", "state", "end"
+    }  # fmt: skip
+    found = {}
+    for name, at in places.items():
+        data = bytearray(context)
+        data[at] ^= 4
+        found[name] = bytes(data)
+    return found
+
+
+@pytest.mark.usefixtures("spans")
+@pytest.mark.parametrize("what", ["append", "flatten", "save"])
+def test_nothing_is_made_of_a_damaged_context(
+    verb: Verb, folder: Path, tmp_path: Path, context: bytes, what: str
+) -> None:
+    """Nor of one that is not whole: no file and no answer, and a file that is there stays."""
+    shares = (0, 0.001, 0.3, 0.9)
+    damaged = {str(share): context[: round(share * len(context))] for share in shares}
+    damaged["no end"] = context[: context.rindex(b"gemtool.footer") - 300]
+    for name, data in {**flipped(context), **damaged}.items():
+        (tmp_path / "a.ctx").write_bytes(data)
+        before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+        done = verb(*writers(folder)[what])
+        require_refused(done, 3, "a.ctx: ")
+        found = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+        assert found == before, name
+    for name in ("n.ctx", "answer"):
+        (tmp_path / name).write_bytes(b"of before")
+    require_refused(verb(*writers(folder)[what], "-f"), 3, "a.ctx: ")
+    for name in ("n.ctx", "answer"):
+        assert (tmp_path / name).read_bytes() == b"of before"
+    (tmp_path / "a.ctx").write_bytes(context)
+    assert verb(*writers(folder)[what], "-f").code == 0
+    assert (tmp_path / "n.ctx").stat().st_size > 1000
 
 
 # A full disk
@@ -344,7 +406,32 @@ def test_a_parent_that_was_made_again(
     write(engine, tmp_path / "a.ctx", text("a", text_tokens(30, 1)), base)
     (tmp_path / "c.ctx.partial").write_bytes((tmp_path / "a.ctx").read_bytes()[:-9])
     write(engine, tmp_path / "p.ctx", text("a", text_tokens(BLOCK + 9, 8)))
-    for command in [*readers(folder), ["prefill", "--flatten", "a.ctx", "-o", "d.ctx"]]:
+    for command in readers_of_all(folder):
         require_refused(verb(*command), 1, "p.ctx than this one: its id is")
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"b.spans", "a.ctx", "p.ctx", "c.ctx.partial"}
+
+
+@pytest.mark.usefixtures("spans")
+@pytest.mark.parametrize(("missing", "child"), [("p.ctx", "a.ctx"), ("g.ctx", "p.ctx")])
+def test_a_parent_that_is_not_there(
+    verb: Verb, folder: Path, engine: Engine, tmp_path: Path, missing: str, child: str
+) -> None:
+    """Nor that of a parent: every command that reads a child says which one, and leaves no file."""
+    previous, tokens = tmp_path / "g.ctx", text_tokens(BLOCK + 9)
+    write(engine, previous, text("g", tokens))
+    for name in ("p.ctx", "a.ctx"):
+        base = open_base(engine, str(previous), str(tmp_path / name))
+        previous = tmp_path / name
+        write(engine, previous, text(name, text_tokens(30, 1)), base)
+    (tmp_path / "c.ctx.partial").write_bytes((tmp_path / "a.ctx").read_bytes()[:-9])
+    assert answer(verb, folder).code == 0
+    (tmp_path / missing).unlink()
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    for command in readers_of_all(folder):
+        named = child
+        if child == "a.ctx" and "--resume" in command:
+            named = "c.ctx.partial"
+        require_refused(verb(*command), 1, f"{named}: continues {missing}, which is not there")
+        found = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+        assert found == before

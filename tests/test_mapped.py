@@ -30,9 +30,9 @@ from gemtool.model.cache import full_layers
 from gemtool.model.config import ModelConfig
 from gemtool.model.pages import paged_layers
 from gemtool.stream.context import BLOCK, open_contexts
-from tests.conftest import Command, command_environment
-from tests.test_index_infer import indexed, require_same, said
-from tests.test_prefill_decode import make_engine, text_document, text_tokens
+from tests.conftest import Command, Verb, command_environment
+from tests.test_index_infer import answer, indexed, require_same, require_same_tokens, said
+from tests.test_prefill_decode import make_engine, spans_file, text_document, text_tokens
 
 # Of three contexts, each of which continues the one before. The first has a page, the last another.
 COUNTS = {"a": BLOCK + 1003, "b": BLOCK - 1503, "c": 1203}
@@ -290,3 +290,55 @@ def test_command(gemtool: Command, folder: Path, chain: Path, tmp_path: Path) ->
     (line,) = done.stderr.decode().splitlines()
     assert "a.ctx: near byte" in line
     assert "layers/0/v of tokens 0 to 4,096 does not match its checksum" in line
+
+
+def test_flattened(verb: Verb, engine: Engine, folder: Path, chain: Path, tmp_path: Path) -> None:
+    """A file that needs no other says what the chain says, landmarks and all."""
+    done = verb("prefill", "--flatten", chain, "-o", "flat.ctx")
+    assert done.code == 0, done.err
+    with open_contexts(str(tmp_path / "flat.ctx")) as opened, open_contexts(str(chain)) as last:
+        flat, whole = next(opened), next(last)
+        blocks = [part for part in flat.parts() if part.part == "block"]
+        assert [(part.start, part.stop) for part in blocks] == [
+            (start, min(start + BLOCK, ALL)) for start in range(0, ALL, BLOCK)
+        ]
+        for _ in whole.parts():
+            pass
+        assert (flat.header.parent, flat.header.start) == (None, 0)
+        assert flat.header.layout == whole.header.layout
+        assert flat.footer["kinds"] == whole.footer["kinds"] == {"text": ALL}
+    found, wanted = load(engine, tmp_path / "flat.ctx"), load(engine, chain)
+    assert np.array_equal(found.tokens, wanted.tokens)
+    scores, expected = (np.asarray(context.sequence.logits) for context in (found, wanted))
+    assert np.array_equal(scores, expected)
+    for seed in (1, 2):
+        require_same_tokens(
+            answer(engine, found.sequence, seed), answer(engine, wanted.sequence, seed)
+        )
+    asked = "decode", "--ckpt", folder, "--prompt", "Which?", "--max-tokens", 8, "--format", "text"
+    texts = [verb(*asked, "--cache", path).out for path in ("flat.ctx", chain)]
+    assert texts[0] == texts[1] != b""
+
+
+def test_damage_that_commands_come_upon(
+    verb: Verb, folder: Path, chain: Path, tmp_path: Path
+) -> None:
+    """However late they do, no file comes of it."""
+    for name in "bc":
+        shutil.copy(chain.with_stem(name), tmp_path)
+    damage(chain.with_stem("a"), tmp_path / "a.ctx", "layers/0/v")
+    document = text_document("d", text_tokens(60, 5))
+    spans_file(tmp_path / "d.spans", [document], Vocab.load().fingerprint)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    model = "--ckpt", folder
+    for command in (
+        ["decode", *model, "--cache", "c.ctx", "--prompt", "Which?", "--save", "x.ctx"],
+        ["prefill", *model, "--append", "c.ctx", "d.spans", "-o", "x.ctx"],
+        ["prefill", "--flatten", "c.ctx", "-o", "x.ctx"],
+        ["view", "--verify", "c.ctx"],
+    ):
+        done = verb(*command)
+        assert (done.code, done.out) == (3, b""), done.err
+        (line,) = done.err.splitlines()
+        assert line.startswith("gemtool: error: a.ctx: near byte")
+        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

@@ -20,7 +20,7 @@ from gemtool.infer.contexts import Base, open_base
 from gemtool.infer.engine import Engine
 from gemtool.infer.prefill import write_context
 from gemtool.infer.resume import read_left, skip_whole
-from gemtool.stream.context import BLOCK, STATE_EVERY
+from gemtool.stream.context import BLOCK, STATE_EVERY, open_contexts
 from gemtool.stream.spans import Span
 from tests.conftest import ROOT, command_environment
 from tests.test_prefill_decode import (
@@ -126,8 +126,15 @@ def test_goes_on_with_what_continues_another(engine: Engine, tmp_path: Path) -> 
     base = open_base(engine, str(tmp_path / "a.ctx"), str(tmp_path / "whole.ctx"))
     documents = [long_document("x"), long_document("y")]
     whole = write(engine, tmp_path / "whole.ctx", documents, base)
-    for share in (0.3, 0.7, 0.95):
-        (tmp_path / "part.ctx").write_bytes(whole[: round(share * len(whole))])
+    with open_contexts(str(tmp_path / "whole.ctx")) as contexts:
+        first = next(contexts)
+        for _ in first.parts():
+            pass
+        second = first.position
+    # In the first block of one of them, too: what it continues is not what is damaged.
+    shares = [round(share * len(whole)) for share in (0.3, 0.7, 0.95)]
+    for size in (*shares, 700, 3000, second, second + 8, second + 1500, second + 50_000):
+        (tmp_path / "part.ctx").write_bytes(whole[:size])
         assert go_on(engine, tmp_path / "part.ctx", documents, base) == whole
     (tmp_path / "part.ctx").write_bytes(whole[: len(whole) // 3])
     (tmp_path / "a.ctx").unlink()

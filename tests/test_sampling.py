@@ -155,3 +155,28 @@ def test_a_huge_temperature_is_uniform(temperature):
     logits = np.array([1.0, 5.0, -300.0, 2.0], np.float32)
     _, probabilities = distribution(logits, Sampling(temperature=temperature))
     np.testing.assert_allclose(probabilities, 0.25, rtol=1e-6)
+
+
+def test_last_bits_decide_as_rarely_as_in_greedy_decoding() -> None:
+    """Scores differ in them by what was computed together."""
+    rng = np.random.default_rng(0)
+    changed = 0
+    for step in range(1000):
+        logits = rng.normal(size=500).astype(np.float32)
+        noisy = logits + 1e-4 * rng.normal(size=500).astype(np.float32)
+        draws = {sample(x, Sampling(temperature=1.0), (1, 0, step)) for x in (logits, noisy)}
+        changed += len(draws) > 1
+    assert changed <= 2
+
+
+def test_what_is_not_allowed_changes_no_other_draw() -> None:
+    rng = np.random.default_rng(0)
+    drawn = Sampling(temperature=1.0)
+    kept = 0
+    for step in range(100):
+        logits, mask = rng.normal(size=50).astype(np.float32), rng.random(50) < 0.9
+        free = sample(logits, drawn, (1, 0, step))
+        if mask[free]:
+            kept += 1
+            assert sample(logits, drawn, (1, 0, step), mask) == free
+    assert kept > 80

@@ -12,7 +12,7 @@ from gemtool.checkpoint import open_checkpoint
 from gemtool.data.vocab import Vocab
 from gemtool.errors import CorruptInput
 from gemtool.infer import spill
-from gemtool.infer.contexts import open_base
+from gemtool.infer.contexts import load_context, open_base
 from gemtool.infer.engine import Engine
 from gemtool.infer.prefill import Planner, write_context
 from gemtool.infer.resume import read_left
@@ -20,6 +20,7 @@ from gemtool.infer.sequence import Sequence
 from gemtool.model.buffers import buffer_capacity
 from gemtool.stream.context import BLOCK, Part, open_contexts
 from gemtool.stream.spans import Span
+from tests.test_index_infer import answer, require_same_tokens
 from tests.test_mapped import damage, mixed, quickly_compiled  # noqa: F401 (a fixture)
 from tests.test_prefill_decode import make_engine, text_document, text_tokens
 
@@ -70,6 +71,13 @@ def write(engine: Engine, path: Path, mode: str) -> list[dict[str, object]]:
         ]
 
 
+def second(engine: Engine, path: Path) -> Sequence:
+    """The context of the second document of a file."""
+    with open_contexts(str(path)) as contexts:
+        next(contexts)
+        return load_context(engine, next(contexts)).sequence
+
+
 def require_like(found: Path, wanted: Path) -> None:
     """The same contexts, but for the last bits of what was computed by attention to pages."""
     with open_contexts(str(found)) as ours, open_contexts(str(wanted)) as theirs:
@@ -82,18 +90,43 @@ def require_like(found: Path, wanted: Path) -> None:
             assert mine.footer["tokens_sha256"] == other.footer["tokens_sha256"]
 
 
+@pytest.mark.parametrize("mode", ["w+b", "wb"])
 def test_the_context_is_the_same(
-    engine: Engine, tmp_path: Path, let_go: list[tuple[int, Sequence]]
-) -> None:
-    """Also of the second document of a file; where the file cannot be read, all stays in memory."""
-    write(engine, tmp_path / "all.ctx", "wb")
+    engine: Engine, tmp_path: Path, let_go: list[tuple[int, Sequence]], mode: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Also of the second document of a file, and where a shell opened it to be written only; where the
+    file cannot be read, all stays in memory."""
+    with monkeypatch.context() as patch:
+        patch.setattr(spill, "Path", lambda name: tmp_path / "none")
+        write(engine, tmp_path / "all.ctx", "wb")
     assert not let_go
-    write(engine, tmp_path / "some.ctx", "w+b")
+    write(engine, tmp_path / "some.ctx", mode)
     assert [count for count, _ in let_go] == [2, 4]
     require_like(tmp_path / "some.ctx", tmp_path / "all.ctx")
+    # Whoever asks gets the same answer; of one token, for which nothing else is compiled.
+    found, wanted = (second(engine, tmp_path / name) for name in ("some.ctx", "all.ctx"))
+    for seed in (1, 2, 3):
+        require_same_tokens(*(answer(engine, context, seed, 1) for context in (found, wanted)))
     # Of the layer that is paged there was never room for more than two blocks.
     rooms = [buffer_capacity(own["k"]) for own in let_go[-1][1]._taken()]
     assert rooms == [2 * BLOCK, 8 * BLOCK]
+
+
+def test_a_shell_appends(
+    engine: Engine, tmp_path: Path, let_go: list[tuple[int, Sequence]]
+) -> None:
+    """Where a file ends that was there (>>), not where this process thinks that it is."""
+    write(engine, tmp_path / "all.ctx", "w+b")
+    whole = (tmp_path / "all.ctx").read_bytes()
+    let_go.clear()
+    for spans in documents():
+        descriptor = os.open(tmp_path / "x.ctx", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        with os.fdopen(descriptor, "wb") as sink:
+            assert sink.tell() == 0
+            write_context(engine, spans[0].doc, spans, sink, pg=None)
+    assert [count for count, _ in let_go] == [2, 4]
+    assert (tmp_path / "x.ctx").read_bytes() == whole
 
 
 def test_goes_on_to_the_bit(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ from gemtool.infer.sequence import Sequence
 from gemtool.infer.text import Prompt
 from gemtool.infer.together import answer_together
 from gemtool.stream.context import BLOCK, open_contexts
-from tests.conftest import Command
+from tests.conftest import Command, Verb
 from tests.test_mapped import mixed, quickly_compiled  # noqa: F401 (a fixture)
 from tests.test_prefill_decode import make_engine, text_document, text_tokens, tiny
 
@@ -48,12 +49,17 @@ def engine(folder: Path) -> Engine:
 
 
 @pytest.fixture(scope="module")
-def context(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Sequence:
-    """From a file, so that some of its positions are in pages where that can be."""
+def file(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("contexts") / "a.ctx"
     with path.open("wb") as sink:
         write_context(engine, "a", text_document("a", text_tokens(BLOCK + 237, 1))[:1], sink)
-    with open_contexts(str(path)) as contexts:
+    return path
+
+
+@pytest.fixture(scope="module")
+def context(engine: Engine, file: Path) -> Sequence:
+    """From a file, so that some of its positions are in pages where that can be."""
+    with open_contexts(str(file)) as contexts:
         return load_context(engine, next(contexts)).sequence
 
 
@@ -77,6 +83,19 @@ def require_same(found: Answer, wanted: Answer, engine: Engine) -> None:
     for mine, other in zip(found.logprobs, wanted.logprobs, strict=True):
         assert mine["token"] == other["token"]
         assert mine["logprob"] == pytest.approx(other["logprob"], abs=CLOSE)
+
+
+def watch_forks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """In which forks prompts are begun, from now on."""
+    begun: list[int] = []
+    real = Forked.begin
+
+    def begin(forked: Forked, fork: int, prompt: np.ndarray) -> np.ndarray:
+        begun.append(fork)
+        return real(forked, fork, prompt)
+
+    monkeypatch.setattr(Forked, "begin", begin)
+    return begun
 
 
 def test_scores(engine: Engine, context: Sequence) -> None:
@@ -183,7 +202,7 @@ def test_how_many_at_a_time() -> None:
 
 
 def test_command(gemtool: Command, folder: Path, tmp_path: Path) -> None:
-    """Of a file together, of a pipe one by one; with and without a context."""
+    """Of a file together, of a pipe one by one; without a context."""
     rows = [{"id": f"q{i}", "prompt": "Who " * (i + 1), "max_tokens": 6} for i in range(3)]
     lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
     (tmp_path / "questions.jsonl").write_bytes(lines)
@@ -193,3 +212,39 @@ def test_command(gemtool: Command, folder: Path, tmp_path: Path) -> None:
     for mine, other in zip(map(json.loads, together), map(json.loads, piped), strict=True):
         assert {**mine, "usage": 0} == {**other, "usage": 0}
     assert [json.loads(line)["id"] for line in together] == ["q0", "q1", "q2"]
+
+
+def test_command_with_a_context(
+    verb: Verb, folder: Path, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a file together, of a pipe one by one, and each by a command of its own."""
+    begun = watch_forks(monkeypatch)
+    prompts = ["Who speaks?", "What did the captain say, and to whom?", "Why?", "Go on"]
+    rows: list[dict[str, Any]] = [
+        {"prompt": text, "max_tokens": 12 - 2 * i} for i, text in enumerate(prompts)
+    ]
+    lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    (tmp_path / "questions.jsonl").write_bytes(lines)
+    command = "decode", "--ckpt", folder, "--cache", file
+
+    def answered(*more: object, stdin: bytes = b"") -> list[dict]:
+        done = verb(*command, *more, stdin=stdin)
+        assert done.code == 0, done.err
+        found = [json.loads(line) for line in done.out.splitlines()]
+        assert {row["doc"] for row in found} == {"a"}
+        assert {row["usage"].pop("seconds") > 0 for row in found} == {True}
+        assert {row["usage"]["cached"] for row in found} == {BLOCK + 237}
+        return found
+
+    together = answered("--prompts", "questions.jsonl")
+    assert len(set(begun)) == len(prompts)  # each in a fork of its own
+    begun.clear()
+    piped = answered("--prompts", "-", stdin=lines)
+    alone = [
+        answered("--prompt", row["prompt"], "--max-tokens", row["max_tokens"])[0] for row in rows
+    ]
+    assert not begun
+    assert together == piped
+    assert [row["id"] for row in together] == ["0", "1", "2", "3"]
+    assert [{**row, "id": "0"} for row in together] == alone
+    assert len({tuple(row["tokens"][:6]) for row in together}) == len(prompts)

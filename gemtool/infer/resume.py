@@ -4,7 +4,7 @@ that was begun, up to its last state but the one at the end."""
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from gemtool.infer.prefill import Begun, Tally
 from gemtool.infer.spill import gone
 from gemtool.stream.checked import Counts
 from gemtool.stream.context import BLOCK, ContextReader, Part, open_contexts, require_match
-from gemtool.stream.lineage import whole_parts
+from gemtool.stream.lineage import inherited_parts
 from gemtool.stream.spans import Span
 
 
@@ -65,23 +65,22 @@ def _read(engine: Engine, reader: ContextReader, begin: int) -> tuple[Begun | No
     last state; (None, 0): nothing that could be gone on with."""
     blocks: list[Part] = []
     own: list[np.ndarray] = []
+    lazy = can_map(engine.config, engine.mesh)
+    for part in _verified(inherited_parts(reader, lazy)):
+        blocks.append(part)
     found = last = _Point({}, 0, 0, Counts(), 0, 0)
     try:
-        for part in whole_parts(reader, can_map(engine.config, engine.mesh)):
-            for path in part.arrays:  # what cannot be gone on with shows here, not later
-                part.verify(path)
+        for part in _verified(reader.parts(lazy)):
             if part.part == "block":
                 found = last  # A state that nothing follows may be the one at the end.
                 blocks.append(part)
-                if part.start >= reader.header.start:
-                    own.append(part.arrays["tokens"])
+                own.append(part.arrays["tokens"])
             elif part.part == "state":
                 here = reader.position, reader.counts, len(blocks), len(own)
                 last = _Point(part.arrays, part.stop, *here)
         return None
     except CorruptInput:
-        if reader.counts == Counts() and reader.header.parent is not None:
-            raise  # of the parent
+        pass  # where it was interrupted
     if not found.end:
         return None, 0
     # As it was, so that what comes is the same to the bit.
@@ -90,6 +89,14 @@ def _read(engine: Engine, reader: ContextReader, begin: int) -> tuple[Begun | No
     sequence = engine.restore(found.length, blocks[: found.blocks], found.state, None, mapped)
     tokens = np.concatenate(own[: found.own])
     return Begun(sequence, reader.header, tokens, found.counts, begin), found.end
+
+
+def _verified(parts: Iterable[Part]) -> Iterator[Part]:
+    """Each with all that it holds: what cannot be gone on with shows here, not later."""
+    for part in parts:
+        for path in part.arrays:
+            part.verify(path)
+        yield part
 
 
 @dataclass(frozen=True)

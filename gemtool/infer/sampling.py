@@ -3,7 +3,9 @@
 The order is that of most toolkits: temperature, then top-k, top-p (nucleus, arXiv 1904.09751) and
 min-p (arXiv 2407.01082), each on what the one before left over. Where scores tie, the lower id
 wins.
-Draws depend on (seed, prompt, step) only, so an answer can be repeated alone.
+Draws depend on (seed, prompt, step) only, so an answer can be repeated alone: each token has a number
+of its own (the Gumbel-max trick), so that the last bits of scores, which may depend on what is computed
+together, decide as rarely as they do in greedy decoding.
 """
 
 from __future__ import annotations
@@ -95,15 +97,14 @@ def sample(
 
     With `mask` bool [V], of the tokens where it is true, at least one, as if there were no others.
     """
-    if mask is not None:
-        (allowed,) = np.nonzero(mask)
-        return int(allowed[sample(logits[allowed], sampling, seed)])
-    ids, probabilities = distribution(logits, sampling)
+    allowed = np.arange(len(logits)) if mask is None else np.flatnonzero(mask)
+    places, probabilities = distribution(logits[allowed], sampling)
+    ids = allowed[places]
     if len(ids) == 1:
         return int(ids[0])
-    point = np.random.default_rng(seed).random()
-    index = np.searchsorted(np.cumsum(probabilities), point, side="right")
-    return int(ids[min(int(index), len(ids) - 1)])
+    noise = np.random.default_rng(seed).gumbel(size=len(logits))[ids]
+    with np.errstate(divide="ignore"):
+        return int(ids[np.argmax(np.log(probabilities) + noise)])
 
 
 def best(log_probabilities: np.ndarray, count: int) -> list[tuple[int, float]]:

@@ -7,6 +7,7 @@ state and scores, is its own. A parent may continue another.
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -37,10 +38,15 @@ def whole_parts(reader: ContextReader, lazy: bool = False) -> Iterator[Part]:
         CorruptInput: one of the files is damaged, or they continue one another in a circle.
         GemtoolError: a parent is missing or is not what was continued.
     """
-    return _whole_parts(reader, frozenset(), lazy)
+    yield from inherited_parts(reader, lazy)
+    yield from reader.parts(lazy)
 
 
-def _whole_parts(reader: ContextReader, seen: frozenset[Place], lazy: bool) -> Iterator[Part]:
+def inherited_parts(
+    reader: ContextReader, lazy: bool = False, seen: frozenset[Place] = frozenset()
+) -> Iterator[Part]:
+    """The blocks of its ancestors alone, none of which is in `seen`; raises as `whole_parts`, of them
+    only."""
     header, parent = reader.header, reader.header.parent
     if parent is not None:
         path = reader.folder / parent.path
@@ -58,7 +64,8 @@ def _whole_parts(reader: ContextReader, seen: frozenset[Place], lazy: bool) -> I
                 raise _changed(reader, path, "it holds fewer contexts")
             require_match(found.header, header, found.name)
             end = 0
-            for part in _whole_parts(found, seen | {place}, lazy):
+            theirs = inherited_parts(found, lazy, seen | {place}), found.parts(lazy)
+            for part in itertools.chain(*theirs):
                 if part.part == "block" and part.start < header.start:
                     end = part.stop
                     yield part
@@ -69,7 +76,6 @@ def _whole_parts(reader: ContextReader, seen: frozenset[Place], lazy: bool) -> I
                     f"{reader.name}: begins at token {header.start:,}, its parent {path} has "
                     f"whole blocks to {end:,}"
                 )
-    yield from reader.parts(lazy)
 
 
 def _nth(contexts: Iterator[ContextReader], index: int) -> ContextReader | None:
