@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -38,6 +41,14 @@ def indexed(vocab_size: int, **changes: int) -> ModelConfig:
         for kind in config.kinds
     )
     return dataclasses.replace(config, kinds=kinds)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quickly_compiled() -> Iterator[None]:
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture(scope="module")
@@ -179,11 +190,12 @@ def test_the_plan_counts_landmarks(engine: Engine) -> None:
 
 def test_commands(gemtool: Command, folder: Path, vocab: Vocab, tmp_path: Path) -> None:
     spans_file(tmp_path / "a.spans", [text_document("a", text_tokens(LENGTH))], vocab.fingerprint)
-    piped = gemtool("prefill", "--ckpt", folder, "a.spans").stdout
-    gemtool("prefill", "--ckpt", folder, "--chunk", "333", "a.spans", "-o", "a.ctx")
+    run = functools.partial(gemtool, env={"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"})  # it is quicker
+    piped = run("prefill", "--ckpt", folder, "a.spans").stdout
+    run("prefill", "--ckpt", folder, "--chunk", "333", "a.spans", "-o", "a.ctx")
     asked = "--prompt", "Which?", "--max-tokens", "8", "--format", "jsonl"
-    first = gemtool("decode", "--ckpt", folder, "--cache", "a.ctx", *asked)
-    again = gemtool("decode", "--ckpt", folder, "--cache", "-", *asked, input=piped)
+    first = run("decode", "--ckpt", folder, "--cache", "a.ctx", *asked)
+    again = run("decode", "--ckpt", folder, "--cache", "-", *asked, input=piped)
     texts = [json.loads(done.stdout)["tokens"] for done in (first, again)]
     assert texts[0] == texts[1]
     gemtool("view", "--verify", "a.ctx")

@@ -8,11 +8,9 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
 
@@ -31,7 +29,14 @@ from gemtool.model.config import ModelConfig
 from gemtool.model.pages import paged_layers
 from gemtool.stream.context import BLOCK, open_contexts
 from tests.conftest import Command, Verb, command_environment
-from tests.test_index_infer import answer, indexed, require_same, require_same_tokens, said
+from tests.test_index_infer import (
+    answer,
+    indexed,
+    quickly_compiled,  # noqa: F401 (a fixture)
+    require_same,
+    require_same_tokens,
+    said,
+)
 from tests.test_prefill_decode import make_engine, spans_file, text_document, text_tokens
 
 # Of three contexts, each of which continues the one before. The first has a page, the last another.
@@ -48,14 +53,6 @@ def mixed(vocab_size: int) -> ModelConfig:
     return dataclasses.replace(
         config, layers="GSF", kinds=(own, shared, dense), kv_dtype="float16", moe=None
     )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quickly_compiled() -> Iterator[None]:
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture(scope="module")
