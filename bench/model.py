@@ -172,7 +172,12 @@ def engine_of(config: ModelConfig, params: Any) -> Any:
     from gemtool.data.vocab import Vocab
     from gemtool.infer.engine import Engine
 
-    checkpoint = SimpleNamespace(config=config, vocab=Vocab.load(), load_params=lambda: params)
+    checkpoint = SimpleNamespace(
+        config=config,
+        vocab=Vocab.load(),
+        load_params=lambda: params,
+        require_as_loaded=lambda: None,
+    )
     return Engine(cast("Any", checkpoint))
 
 

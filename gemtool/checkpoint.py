@@ -33,6 +33,7 @@ from gemtool.data.vocab import Vocab
 from gemtool.errors import CorruptInput, GemtoolError, reason
 from gemtool.model.config import ModelConfig
 from gemtool.stream.files import atomic_file, atomic_write, sync_folder
+from gemtool.stream.mapped import MappedSource
 
 VERSION = 1
 CONFIG = "config.toml"
@@ -61,8 +62,18 @@ class Checkpoint:
     """card.json; empty if it belongs to another save than the weights."""
 
     @cached_property
+    def _weights(self) -> MappedSource:
+        with (self.path / WEIGHTS).open("rb") as file:
+            return MappedSource(file)
+
+    @cached_property
+    def _seen(self) -> list[tuple[int, int]]:
+        """What the file of the weights was when they were verified."""
+        return [self._weights.stamp()]
+
+    @cached_property
     def _tensors(self) -> dict[str, np.ndarray]:
-        return _map_tensors(self.path / WEIGHTS)
+        return _tensors_of(self._weights, self.path / WEIGHTS)
 
     def tensors(self) -> dict[str, np.ndarray]:
         """Read-only memory-mapped arrays by path: {"layers/0/attention/q": ...}."""
@@ -89,8 +100,20 @@ class Checkpoint:
                     f"{self.path / WEIGHTS}: parameter {path!r} is {shapes[0]}; "
                     f"{self.path / CONFIG} describes {shapes[1]}"
                 )
+        _ = self._seen  # from before they are verified
         self.verify()
         return unflatten(found)
+
+    def require_as_loaded(self) -> None:
+        """Verifies the weights again where another process wrote to their file, which may be where they
+        are used.
+
+        Raises:
+            CorruptInput: they are other ones now.
+        """
+        if self._seen[-1:] != [stamp := self._weights.stamp()]:
+            self.verify()
+            self._seen.append(stamp)
 
     def verify(self) -> None:
         """Computes the fingerprint again.
@@ -227,10 +250,11 @@ def _read_header(file: Path) -> tuple[dict[str, Any], int]:
         raise CorruptInput(f"{file}: damaged: {str(problem).lower()}") from None
 
 
-def _map_tensors(file: Path) -> dict[str, np.ndarray]:
+def _tensors_of(source: MappedSource, file: Path) -> dict[str, np.ndarray]:
+    """Views of what is in a safetensors file that is mapped."""
     header, start = _read_header(file)
     header.pop("__metadata__", None)
-    data = np.memmap(file, np.uint8, mode="r") if header else np.empty(0, np.uint8)
+    data = np.frombuffer(source.read(), np.uint8)
     tensors = {}
     for path, entry in sorted(header.items()):
         if entry["dtype"] not in _DTYPES:
@@ -317,7 +341,7 @@ def _write_tensors(file: Path, tensors: Mapping[str, np.ndarray], metadata: dict
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-(8 + len(encoded)) % _ALIGNED)
     try:
-        with atomic_file(file) as sink:
+        with atomic_file(file, through_link=False) as sink:
             sink.write(struct.pack("<Q", len(encoded)) + encoded)
             for _, tensor in ordered:
                 sink.write(tensor.reshape(-1).view(np.uint8).data)

@@ -166,8 +166,11 @@ class progress:  # noqa: N801 (used as a function: `with progress(...) as bar`)
         self.count += amount
         if self._first is not None:
             self._first = (self._first[0], self._first[1] + amount)
-        if self._rich is not None:
+        if self._rich is not None and amount:
+            task = next(task for task in self._rich.tasks if task.id == self._task)
+            began = task.start_time
             self._rich.reset(self._task, completed=self.count)
+            task.start_time = began
 
     def update(self, amount: float = 1, note: str = "") -> None:
         """Counts `amount` more units; `note` replaces the text beside the rate."""

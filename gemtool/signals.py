@@ -98,11 +98,15 @@ def explain_bus_errors(explain: Callable[[], str | None]) -> None:
         with contextlib.suppress(Exception):
             message = explain()
         if message is None:
-            system(number, before)  # which is called as soon as this returns
+            system(number, before)
+            os.kill(os.getpid(), number)
         else:
             _end(message, CorruptInput.exit_code, "error")
 
-    handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(end)
+    try:
+        handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(end)
+    except (MemoryError, OSError):  # where no memory may be executable
+        return
     _bus_error.append(handler)
     before = system(signal.SIGBUS, ctypes.cast(handler, ctypes.c_void_p))
 

@@ -375,6 +375,42 @@ def test_a_second_writer_is_refused(
     assert {path.name for path in tmp_path.iterdir()} == {"a.ctx", "b.spans", "n.ctx"}
 
 
+@pytest.mark.usefixtures("spans")
+@pytest.mark.parametrize("what", ["prefill", "append", "flatten", "save"])
+@pytest.mark.parametrize("options", [[], ["-f"]], ids=["", "force"])
+def test_a_second_writer_is_refused_by_one_that_cannot_be_resumed(
+    verb: Verb, folder: Path, tmp_path: Path, context: bytes, what: str, options: list[str]
+) -> None:
+    """What another run left to be resumed stays as it is."""
+    (tmp_path / "a.ctx").write_bytes(context)
+    (tmp_path / "n.ctx.partial").write_bytes(b"left")
+    with open_output(str(tmp_path / "n.ctx")) as first:
+        first.write(context[:9000])
+        done = verb(*writers(folder)[what], *options)
+        require_refused(done, 1, "n.ctx: another process is writing it")
+        first.write(context[9000:])
+    assert (tmp_path / "n.ctx").read_bytes() == context
+    assert (tmp_path / "n.ctx.partial").read_bytes() == b"left"
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "a.ctx", "b.spans", "n.ctx", "n.ctx.partial"
+    }  # fmt: skip
+
+
+def test_what_is_in_the_way_of_a_partial_file(verb: Verb, folder: Path, spans: Path) -> None:
+    """Nothing is written through a link, which in a folder of all users may be another one's."""
+    theirs = spans.parent / "theirs"
+    theirs.write_text("theirs")
+    partial = spans.parent / "n.ctx.partial"
+    partial.symlink_to("theirs")
+    require_refused(verb(*writers(folder)["prefill"]), 1, "n.ctx: cannot be written: too many")
+    assert theirs.read_text() == "theirs"
+    partial.unlink()
+    os.mkfifo(partial)
+    require_refused(verb(*writers(folder)["prefill"]), 1, "n.ctx.partial: is no file, and in the")
+    done = verb("decode", "--ckpt", folder, "--prompt", "x", "--save", "n.ctx", "-o", "./n.ctx")
+    require_refused(done, 2, "--save and -o are the same file")
+
+
 @pytest.mark.parametrize("resumable", [False, True])
 def test_who_is_second_replaces_nothing(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, verb: Verb, resumable: bool

@@ -207,23 +207,28 @@ def test_a_file_that_is_written_over(
 
 
 @pytest.mark.parametrize("name", ["a", "c"])
-def test_a_file_that_is_written_over_while_it_is_opened(
-    engine: Engine, chain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
+@pytest.mark.parametrize("how", ["written over", "appended to"])
+def test_a_file_that_is_written_to_while_it_is_opened(
+    engine: Engine, chain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str,
+    how: str,
+) -> None:  # fmt: skip
     for each in COUNTS:
         shutil.copy(chain.with_stem(each), tmp_path)
     path, real = tmp_path / f"{name}.ctx", Engine.restore
 
     def restore(*arguments: Any) -> Sequence:
+        found = real(*arguments)  # so that it is of the right bytes
         with path.open("r+b") as file:
-            file.seek(-2000, os.SEEK_END)
-            file.write(bytes(10))
-        return real(*arguments)
+            file.seek(0, 2 if how == "appended to" else 0)
+            file.write(np.random.default_rng(0).bytes(path.stat().st_size))
+        return found
 
     monkeypatch.setattr(Engine, "restore", restore)
-    with pytest.raises(
-        CorruptInput, match=rf"{name}\.ctx: was written to, or cut, while it was read"
-    ):
+    if how == "appended to":
+        found = load(engine, tmp_path / "c.ctx").sequence
+        require_same(said(engine, found, 1), said(engine, load(engine, chain).sequence, 1))
+        return
+    with pytest.raises(CorruptInput, match=rf"{name}\.ctx: near byte .* does not match its checks"):
         load(engine, tmp_path / "c.ctx")
 
 
@@ -239,12 +244,14 @@ def lines_of(tool: subprocess.Popen[bytes], prompts: int) -> list[bytes]:
     return found
 
 
-@pytest.mark.parametrize("how", ["cut", "written over", "moved"])
+@pytest.mark.parametrize("how", ["cut", "written over", "moved", "other weights"])
 def test_while_questions_are_asked(folder: Path, chain: Path, tmp_path: Path, how: str) -> None:
-    """A context that is cut or written over in place, as a shell does it, gives no answer any more."""
+    """A context that is cut or written over in place, as a shell does it, gives no answer any more;
+    nor do weights."""
     for each in COUNTS:
         shutil.copy(chain.with_stem(each), tmp_path)
-    command = [sys.executable, "-m", "gemtool", "decode", "--ckpt", folder, "--cache", "c.ctx",
+    shutil.copytree(folder, tmp_path / "run")
+    command = [sys.executable, "-m", "gemtool", "decode", "--ckpt", "run", "--cache", "c.ctx",
                "--prompts", "-", "--max-tokens", "4"]  # fmt: skip
     pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     with subprocess.Popen(command, cwd=tmp_path, env=command_environment(), **pipes) as tool:
@@ -256,6 +263,10 @@ def test_while_questions_are_asked(folder: Path, chain: Path, tmp_path: Path, ho
         elif how == "written over":
             with file.open("r+b") as sink:
                 sink.write(np.random.default_rng(0).bytes(file.stat().st_size))
+        elif how == "other weights":
+            with (tmp_path / "run" / "weights.safetensors").open("r+b") as sink:
+                sink.seek(-100, os.SEEK_END)
+                sink.write(bytes(50))
         else:
             file.rename(tmp_path / "x.ctx")
             file.write_bytes(b"another")
@@ -272,8 +283,12 @@ def test_while_questions_are_asked(folder: Path, chain: Path, tmp_path: Path, ho
         return
     assert (tool.returncode, answer) == (3, b"")
     (line,) = said.splitlines()
-    assert line.startswith("gemtool: error: a.ctx: ")
-    assert ("was written to, or cut, while" if how == "cut" else "does not match its") in line
+    says = {
+        "cut": "gemtool: error: a.ctx: was cut or written over while it was read",
+        "written over": "layers/0/k of tokens 0 to 4,096 does not match its checksum",
+        "other weights": "gemtool: error: run: damaged or edited: configuration, vocabulary and",
+    }
+    assert says[how] in line
 
 
 def test_command(gemtool: Command, folder: Path, chain: Path, tmp_path: Path) -> None:

@@ -106,7 +106,9 @@ def small() -> Iterator[None]:
 def make_engine(mesh: str | None, config: ModelConfig = CONFIG) -> Engine:
     params = jax.tree.map(np.asarray, init_params(config, jax.random.key(0)))
     params = jax.tree.map(lambda x: x + np.float32(0.01), params)  # sinks begin at zero
-    checkpoint: Any = SimpleNamespace(config=config, vocab=None, load_params=lambda: params)
+    checkpoint: Any = SimpleNamespace(
+        config=config, vocab=None, load_params=lambda: params, require_as_loaded=lambda: None
+    )
     return Engine(checkpoint, TILE, open_mesh(mesh, config))
 
 

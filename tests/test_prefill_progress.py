@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
+import zlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -129,3 +131,22 @@ def test_a_state_on_the_way(
         file.truncate(file.seek(0, 2) - 9)
     assert verb(*command, "--resume").code == 0
     assert (Watched.done, Watched.there) == (700, BLOCK)
+
+
+@pytest.mark.parametrize(
+    "tokens", ["1.5", "900000000000", "-3", '"many"', "null", "[" * 100_000 + "]" * 100_000]
+)
+def test_footers_are_not_trusted(
+    verb: Verb, folder: Path, tmp_path: Path, vocab: Vocab, tokens: str
+) -> None:
+    """Nobody has verified one before the document is read."""
+    span = {"doc": "a", "span": 0, "kind": "text", "tokens": text_tokens(40).tolist(), "start": 0}
+    line = json.dumps(span) + "\n"
+    counts = (
+        f'{{"documents": 1, "tokens": {tokens}, "rows": 1, "crc32": {zlib.crc32(line.encode())}}}'
+    )
+    (tmp_path / "a.jsonl").write_text(f'{line}{{"footer": {counts}}}\n')
+    assert expected([str(tmp_path / "a.jsonl")]) is None
+    done = verb("prefill", "--ckpt", folder, "a.jsonl", "-o", "a.ctx")
+    assert done.code == (3 if tokens.startswith("[") else 0), done.err
+    assert "Traceback" not in done.err

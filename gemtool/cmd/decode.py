@@ -187,6 +187,9 @@ def decode(
         raise UsageError(
             "--save keeps one conversation, --prompts asks each by itself; use one of them"
         )
+    same = None not in (save, output) and Path(str(save)).resolve() == Path(str(output)).resolve()
+    if same and not Path(str(save)).is_char_device():
+        raise UsageError("--save and -o are the same file; name two")
     if chat:
         _require_chat(prompt, prompt_file, prompts, cache, output)
     source = None if chat else _source(prompt, prompt_file, prompts, cache)

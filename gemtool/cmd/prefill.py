@@ -143,6 +143,7 @@ def prefill(
         raise UsageError("--resume needs -o FILE: what went elsewhere cannot be read back")
     name = display_name(inputs[0] if inputs else None)
     checkpoint = open_checkpoint(ckpt)
+    coming, total = expected(inputs) or (None, None)
     with open_all_spans(inputs, recover=recover) as spans:
         require_settings(spans.header, checkpoint, name)
         setup_jax()
@@ -160,7 +161,6 @@ def prefill(
                 plan = planner.plan(document, start).to_dict()
                 print(json.dumps({"doc": doc, **plan}), flush=True)
             return
-        coming, total = expected(inputs) or (None, None)
         room = total if coming == 1 and total is not None else 0
         pg = None if no_pg else spans.header.pg
         number = tokens = 0

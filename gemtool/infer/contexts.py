@@ -84,23 +84,24 @@ def load_context(engine: Engine, reader: ContextReader) -> Loaded:
     """
     require_match(reader.header, engine.header(reader.header.doc), reader.name)
     blocks: list[Part] = []
-    state: Mapping[str, np.ndarray] = {}
-    logits = np.empty(0, np.float32)
-    length = 0
+    state = end = Part("none", 0, 0, {})
     for part in whole_parts(reader, lazy=True):
         if part.part == "block":
             blocks.append(part)
         elif part.part == "state":
-            state, length = part.arrays, part.stop
+            state = part
         elif part.part == "end":
-            logits = part.arrays["logits"]
+            end = part
+    length = state.stop
     if length != reader.footer["length"]:
         raise CorruptInput(f"{reader.name}: the last state is of token {length:,}, not of the last")
     try:
-        sequence = engine.restore(length, blocks, state, logits)
+        sequence = engine.restore(length, blocks, state.arrays, end.arrays["logits"])
         sequence.tokens = tokens = np.concatenate([block.arrays["tokens"] for block in blocks])
-        for source in {block.origin.source for block in blocks if block.origin}:
-            source.require_as_opened()
+        for part in (*blocks, state, end):
+            if part.origin is not None and not part.origin.source.is_as_opened():
+                for path in part.arrays:  # what was copied is what is there now
+                    part.verify(path, again=True)
         return Loaded(reader.header.doc, sequence, tokens, reader.footer)
     except (KeyError, ValueError) as problem:
         raise CorruptInput(f"{reader.name}: the context is not whole ({problem})") from None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import mmap
 import os
 import zlib
 from collections.abc import Iterable, Iterator
@@ -94,11 +93,16 @@ def _without_end(spans: Iterable[Span]) -> Iterator[Span]:
         yield held
 
 
-def expected(paths: list[str] | None) -> tuple[int, int] | None:
-    """Documents and tokens of span streams by their footers, without reading their data.
+JSONL_BYTES = 1 << 30
+"""Of JSONL, at most, that is gone through to know how much there is: a quarter of a second."""
 
-    None where that cannot be known: pipes, JSONL without footers, damage, which the reader will report.
-    With this, progress has an end.
+
+def expected(paths: list[str] | None) -> tuple[int, int] | None:
+    """Documents and tokens of span streams as their footers say, which nobody has verified: for
+    progress, and to make room.
+
+    None where that cannot be known: pipes, JSONL without footers or of over `JSONL_BYTES`, damage,
+    which the reader will report. To be called before anything is read of standard input.
     """
     counts = [_expected(path) for path in paths or ["-"]]
     known = [count for count in counts if count is not None]
@@ -109,34 +113,33 @@ def expected(paths: list[str] | None) -> tuple[int, int] | None:
 
 def _expected(path: str) -> tuple[int, int] | None:
     file = Path("/dev/stdin" if is_stdin(path) else path)  # which may be redirected
-    if not file.is_file():
-        return None
     found = tokens = 0
     try:
-        for footer in _footers(file):
+        if not file.is_file() or (is_stdin(path) and os.lseek(0, 0, os.SEEK_CUR)):
+            return None
+        size = file.stat().st_size
+        for footer in _footers(file, size):
             found, tokens = found + footer["documents"], tokens + footer["tokens"]
-    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError):
+    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
-    return (found, tokens) if found else None
+    # A token takes more than a byte in any format.
+    return (found, tokens) if isinstance(tokens, int) and 0 < found <= tokens < size else None
 
 
-def _footers(path: Path) -> Iterator[dict[str, Any]]:
+def _footers(path: Path, size: int) -> Iterator[dict[str, Any]]:
     """Of the streams in a file; raises ValueError, and what Arrow does, of damage."""
+    with path.open("rb") as lines:
+        if lines.read(4) != ARROW_MAGIC:
+            lines.seek(0)
+            for line in lines if size <= JSONL_BYTES else ():
+                if line.startswith(FOOTER_LINE):
+                    yield json.loads(line)["footer"]
+            return
     with pa.memory_map(os.fsencode(path)) as file:
-        is_arrow = file.read(4) == ARROW_MAGIC
-        file.seek(0)
-        while is_arrow and file.tell() < file.size():
+        while file.tell() < file.size():
             for _, metadata in pa.ipc.open_stream(file).iter_batches_with_custom_metadata():
                 encoded = None if metadata is None else metadata.get(b"gemtool.footer")
                 if encoded is not None:
                     if str(zlib.crc32(encoded)).encode() != metadata.get(b"crc32"):
                         raise ValueError("damaged")
                     yield json.loads(encoded)
-    if is_arrow:
-        return
-    with path.open("rb") as lines, mmap.mmap(lines.fileno(), 0, access=mmap.ACCESS_READ) as text:
-        at = text.find(FOOTER_LINE)
-        while at >= 0:
-            text.seek(at + 1)
-            yield json.loads(text.readline())["footer"]
-            at = text.find(FOOTER_LINE, at + 1)

@@ -49,7 +49,7 @@ def mappable(config: ModelConfig, blocks: Sequence[Part]) -> int:
                     raise ValueError(f"{path} at token {part.start:,} is {list(array.shape)}")
                 if array.dtype != config.kv_dtype:
                     raise ValueError(f"{path} at token {part.start:,} is {array.dtype}")
-                if path not in lazy.checksums or lazy.source.offset(array) % UNIT:
+                if path not in lazy.left or lazy.source.offset(array) % UNIT:
                     return count
         files[lazy.source] = lazy.source.size
         if sum(files.values()) > AREAS[-1] - len(files) * mmap.PAGESIZE:

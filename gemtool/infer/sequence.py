@@ -99,7 +99,9 @@ class Sequence:
         self.verify(self._state)
 
     def verify(self, state: Cache) -> None:
-        """Compares those that a state says were looked at; raises as `logits`."""
+        """Compares those that a state says were looked at, and the weights, if their file was written
+        to; raises as `logits`."""
+        self._engine.checkpoint.require_as_loaded()
         if self._pages is not None:
             self._pages.verify(touched_pages(self._engine.config, state))
 

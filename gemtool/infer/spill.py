@@ -15,6 +15,7 @@ import fcntl
 import itertools
 import os
 import stat
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -68,7 +69,8 @@ def _readable(sink: BinaryIO) -> Iterator[BinaryIO]:
         finally:
             sink.seek(0, os.SEEK_END)
     else:
-        if not stat.S_ISREG(os.fstat(sink.fileno()).st_mode):
+        # Elsewhere what is opened there shares its place in the file with the other.
+        if sys.platform != "linux" or not stat.S_ISREG(os.fstat(sink.fileno()).st_mode):
             raise OSError(errno.ESPIPE, os.strerror(errno.ESPIPE))
         with Path(f"/dev/fd/{sink.fileno()}").open("rb") as file:
             yield file

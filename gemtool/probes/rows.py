@@ -10,7 +10,13 @@ from typing import Any, Protocol
 
 from gemtool.errors import CorruptInput, GemtoolError, reason
 from gemtool.probes import probe_options
-from gemtool.stream.files import atomic_write, open_locked, sync_folder
+from gemtool.stream.files import (
+    atomic_write,
+    named_by,
+    open_locked,
+    partial_name,
+    sync_folder,
+)
 
 Row = dict[str, Any]
 Key = tuple[int, float, int]
@@ -67,7 +73,7 @@ class RowLog:
         self.summary: list[Row] | None = None
         if target is None:
             return
-        self._partial = target.with_name(target.name + ".partial")
+        self._partial = partial_name(target)
         try:
             self._file = open_locked(self._partial)
         except OSError as problem:
@@ -127,7 +133,7 @@ class RowLog:
                     if os.fstat(self._file.fileno()).st_size == 0:
                         self._partial.unlink()
                 elif self.summary is None:
-                    self._partial.replace(self._target)
+                    self._partial.replace(named_by(self._partial))
                     sync_folder(self._target.parent)
                 else:
                     atomic_write(self._target, to_lines(self.summary))

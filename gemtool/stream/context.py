@@ -165,7 +165,9 @@ class Origin:
     """In messages."""
     source: MappedSource
     checksums: Mapping[str, int]
-    """By path, of the arrays that nobody has compared with them."""
+    """By path; empty where the part was verified as a whole."""
+    left: set[str]
+    """The paths of the arrays that nobody has compared with theirs."""
 
 
 @dataclass(frozen=True)
@@ -190,17 +192,21 @@ class Part:
         data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
         return zlib.crc32(data, zlib.crc32(about.encode()))
 
-    def verify(self, path: str) -> None:
-        """Compares an array with its checksum, unless that was done when it was read.
+    def verify(self, path: str, *, again: bool = False) -> None:
+        """Compares an array with its checksum, unless that was done when it was read, or `again`.
 
         Raises:
             CorruptInput: it is damaged.
         """
-        lazy = self.origin
-        if lazy is not None and path in lazy.checksums and lazy.checksums[path] != self.crc32(path):
+        origin = self.origin
+        if origin is None or not (path in origin.left or again):
+            return
+        if again and path not in origin.checksums:
+            raise CorruptInput(f"{origin.name}: was written to while it was read; begin again")
+        if origin.checksums[path] != self.crc32(path):
             raise CorruptInput(
-                f"{lazy.name}: near byte {lazy.source.offset(self.arrays[path]):,}: {path} of tokens "
-                f"{self.start:,} to {self.stop:,} does not match its checksum"
+                f"{origin.name}: near byte {origin.source.offset(self.arrays[path]):,}: {path} of "
+                f"tokens {self.start:,} to {self.stop:,} does not match its checksum"
             )
 
 
@@ -404,14 +410,12 @@ class ContextReader:
         for key, value in found.items():
             if self._stream.footer.get(key) != value:
                 raise CorruptInput(f"{self.name}: the footer does not agree with the parts ({key})")
-        if isinstance(self._source, MappedSource):
-            self._source.require_as_opened()
         self.footer = self._stream.footer
 
     def _whole_parts(self) -> Iterator[Part]:
         source, origin = self._source, None
         if isinstance(source, MappedSource):
-            origin = Origin(self.name, source, {})
+            origin = Origin(self.name, source, {}, set())
         for batch in self._stream.batches():
             yield replace(_part_of(batch, self.name), origin=origin)
 
@@ -427,11 +431,12 @@ class ContextReader:
                 raise CorruptInput(
                     f"{self.name}: record batch {count} cannot be read ({problem})"
                 ) from None
-            part = replace(part, origin=Origin(self.name, source, checksums))
+            left = set(checksums)
+            part = replace(part, origin=Origin(self.name, source, checksums, left))
             for path in part.arrays:
                 if part.part != "block" or path.rpartition("/")[2] not in ("k", "v"):
                     part.verify(path)
-                    checksums.pop(path, None)
+                    left.discard(path)
             yield part
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import os
 import re
@@ -89,8 +88,8 @@ def open_output(
     """Opens the output of a verb for binary writing.
 
     None is stdout, where binary data is refused if it is a terminal; `-` is stdout even then. A
-    file is written as FILE.partial, and gets its name when the block ends without an exception;
-    otherwise nothing is left.
+    file is written under a temporary name beside the final one, which it gets when the block ends
+    without an exception; otherwise nothing is left.
 
     Raises:
         UsageError: binary data for a terminal, or the file exists and `force` is false.
@@ -108,24 +107,56 @@ def open_output(
         return
     target = Path(path)
     if target.exists() and not target.is_file() and not target.is_dir():
-        with _failures(path, target), target.open("wb") as file:  # /dev/null, a FIFO: no renaming
+        with _failures(path), target.open("wb") as file:  # /dev/null, a FIFO: nothing to rename
             yield file
         return
-    with resumable_output(path, force=force, resume=False) as partial:
-        yield partial.file
+    if target.is_dir():
+        raise UsageError(f"{path}: is a folder; name a file")
+    if not force:
+        _require_new(target, path)
+    with _failures(path), atomic_file(target) as file:
+        _require_no_other(target, path, but=Path(file.name))
+        yield file
+        if not force:
+            _require_new(target, path)  # another process may have been faster
 
 
 @contextlib.contextmanager
-def _failures(path: str, written: Path) -> Iterator[None]:
-    """Says of `path` why the file `written` cannot be. What the block reads, or writes elsewhere, is no
+def _failures(path: str) -> Iterator[None]:
+    """Says of `path` why it cannot be written. What the block itself reads, or writes elsewhere, is no
     failure of this output."""
     try:
         yield
     except OSError as problem:
-        named = problem.filename is not None
-        if Path(str(problem.filename)) != written if named else not no_room(problem):
+        where = None if problem.filename is None else Path(problem.filename).absolute().parent
+        target = Path(path).resolve()
+        own = where is not None and where in (target.parent, Path(path).absolute().parent)
+        if not own and (where or not no_room(problem)):
             raise
         raise GemtoolError(f"{path}: cannot be written: {reason(problem)}") from None
+
+
+def _require_no_other(target: Path, path: str, but: Path) -> None:
+    """Raises GemtoolError if another process writes this file, resumably or not; `but` is what this one
+    writes.
+
+    Who asks has the file there already that tells others: of two that begin at once, one notices.
+    """
+    for other in (partial_name(target), *_temporaries(target.resolve())):
+        if other.name != but.name and _is_locked(other):
+            name = other if other == partial_name(target) else path
+            raise GemtoolError(f"{name}: another process is writing it")
+
+
+def _is_locked(path: Path) -> bool:
+    try:
+        with open(path, "rb", opener=_no_link) as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        pass
+    return False
 
 
 def _require_new(target: Path, path: str) -> None:
@@ -134,19 +165,18 @@ def _require_new(target: Path, path: str) -> None:
 
 
 @contextlib.contextmanager
-def atomic_file(target: Path) -> Iterator[BinaryIO]:
+def atomic_file(target: Path, *, through_link: bool = True) -> Iterator[BinaryIO]:
     """A file that appears under its name, synced to disk, only if the block succeeds.
 
-    What a symbolic link names is replaced, not the link.
+    What a symbolic link names is replaced, not the link, unless `through_link` is false.
     """
-    target = target.resolve()
+    target = target.resolve() if through_link else target
     _remove_abandoned(target)
     temporary = target.with_name(f".{target.name}.{os.urandom(4).hex()}")
     with removed_on_signal(lambda: temporary.unlink(missing_ok=True)):
         try:
             with temporary.open("xb") as file:
-                with _where_there_are_locks():
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _hold(file)
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
@@ -157,15 +187,32 @@ def atomic_file(target: Path) -> Iterator[BinaryIO]:
     sync_folder(target.parent)
 
 
+def _hold(file: BinaryIO) -> None:
+    """Raises BlockingIOError if another process holds it. Some file systems have no locks; there,
+    nobody is kept out."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError:
+        pass
+
+
+def _temporaries(target: Path) -> list[Path]:
+    """What `atomic_file` writes to, of any process, or wrote."""
+    pattern = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]{{8}}")
+    try:
+        return [path for path in target.parent.iterdir() if pattern.fullmatch(path.name)]
+    except OSError:
+        return []
+
+
 def _remove_abandoned(target: Path) -> None:
     """Removes what earlier processes left of this file when they were killed: nobody locks it."""
-    pattern = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]{{8}}")
-    with contextlib.suppress(OSError):
-        for path in target.parent.iterdir():
-            if pattern.fullmatch(path.name):
-                with contextlib.suppress(OSError), path.open("rb") as file:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    path.unlink()
+    for path in _temporaries(target):
+        with contextlib.suppress(OSError), path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
 
 
 def open_locked(path: Path) -> BinaryIO:
@@ -176,11 +223,12 @@ def open_locked(path: Path) -> BinaryIO:
         GemtoolError: another process holds it.
         OSError: it cannot be opened.
     """
+    if path.exists() and not path.is_file():
+        raise GemtoolError(f"{path}: is no file, and in the way; remove it")
     while True:
         file = open(path, "a+b", opener=_no_link)  # noqa: SIM115
         try:
-            with _where_there_are_locks():
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _hold(file)
             # The holder before us may have renamed it meanwhile.
             if os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 return file
@@ -197,25 +245,20 @@ def _no_link(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
-@contextlib.contextmanager
-def _where_there_are_locks() -> Iterator[None]:
-    """Some file systems have no locks; then nobody is kept out."""
-    try:
-        yield
-    except OSError as problem:
-        if problem.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS):
-            raise
-
-
 def is_resumable(path: str | None) -> bool:
     """Whether an output is a file: not standard output, a device or a FIFO."""
     return path not in (None, "-") and (Path(str(path)).is_file() or not Path(str(path)).exists())
 
 
 def partial_name(target: Path) -> Path:
-    """The file that outputs are written to before they are whole."""
+    """The file that `resumable_output` writes before it is whole."""
     target = target.resolve() if target.is_symlink() else target
     return target.with_name(target.name + ".partial")
+
+
+def named_by(partial: Path) -> Path:
+    """The file that a partial one becomes."""
+    return partial.with_name(partial.name.removesuffix(".partial"))
 
 
 @contextlib.contextmanager
@@ -240,13 +283,21 @@ def resumable_output(path: str, *, force: bool, resume: bool) -> Iterator[Partia
     partial = partial_name(target)
 
     def left() -> None:
+        if output.has_name:
+            return
         if not output.is_kept:
             partial.unlink(missing_ok=True)
         elif partial.exists():
             log.last_words(f"{partial}: kept; --resume goes on with it")
 
-    with _failures(path, partial):
+    with _failures(path):
         with open_locked(partial) as file:
+            try:
+                _require_no_other(target, path, but=partial)
+            except GemtoolError:
+                if not file.tell():
+                    partial.unlink(missing_ok=True)
+                raise
             if not resume:
                 file.truncate(0)
             output = PartialOutput(file, partial)
@@ -258,7 +309,8 @@ def resumable_output(path: str, *, force: bool, resume: bool) -> Iterator[Partia
                         _require_new(target, path)  # whoever made it did not lock the partial file
                     file.flush()
                     os.fsync(file.fileno())
-                    partial.replace(partial.with_name(partial.name.removesuffix(".partial")))
+                    partial.replace(named_by(partial))
+                    output.has_name = True
                 except BaseException:
                     left()
                     raise
@@ -270,7 +322,7 @@ class PartialOutput:
 
     def __init__(self, file: BinaryIO, path: Path) -> None:
         self.file, self.path = file, path
-        self.is_kept = False
+        self.is_kept = self.has_name = False
 
     def keep(self) -> None:
         """From now on an interruption leaves what is there."""

@@ -121,8 +121,8 @@ def _payload(row: dict[str, Any]) -> np.ndarray | None:
         raise ValueError(f"'payload' is not base64 of {dtype} {shape} ({problem})") from None
 
 
-FOOTER_LINE = b'\n{"footer": '
-"""How the last line of a stream begins, and no other, behind the end of the one before."""
+FOOTER_LINE = b'{"footer"'
+"""How the last line of a stream begins, and no other."""
 
 
 class JsonlSpanWriter:

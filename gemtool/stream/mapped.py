@@ -14,7 +14,6 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from gemtool import signals
-from gemtool.errors import CorruptInput
 from gemtool.stream.checked import Source
 from gemtool.stream.files import printable
 
@@ -56,13 +55,12 @@ class MappedSource(Source):
         return (0, 0) if self._grows else (status.st_size, status.st_mtime_ns)
 
     def is_as_opened(self) -> bool:
-        """Whether nobody wrote to what is mapped of it."""
-        return self.stamp() == self._opened and os.fstat(self.descriptor).st_size >= self.size
+        """Whether no other process wrote to the file."""
+        return self.stamp() == self._opened and not self.is_cut()
 
-    def require_as_opened(self) -> None:
-        """Raises CorruptInput if somebody wrote to the file, so that what was read may be of two."""
-        if not self.is_as_opened():
-            raise CorruptInput(_written_to(self.name))
+    def is_cut(self) -> bool:
+        """Whether the end of what is mapped is not there any more."""
+        return os.fstat(self.descriptor).st_size < self.size
 
     def read(self, size: int | None = -1) -> Any:
         stop = len(self._view) if size is None or size < 0 else self._at + size
@@ -95,15 +93,13 @@ _sources: weakref.WeakSet[MappedSource] = weakref.WeakSet()
 
 def _who_was_cut() -> str | None:
     """What to say where memory that is a file cannot be read; None: it is none of these files."""
-    cut = (source.name for source in _sources if not source.is_as_opened())
-    return next(map(_written_to, cut), None)
-
-
-def _written_to(name: str) -> str:
-    return (
-        f"{name}: was written to, or cut, while it was read; ask again when it is whole (what -o "
-        "writes can be read meanwhile: it is another file until then)"
-    )
+    for source in [s for s in _sources if s.is_cut()] or _sources:
+        if not source.is_as_opened():
+            return (
+                f"{source.name}: was cut or written over while it was read; begin again when it is "
+                "whole (what -o writes can be read meanwhile: it is another file until then)"
+            )
+    return None
 
 
 def map_together(descriptors: Sequence[int], areas: Sequence[int]) -> tuple[np.ndarray, list[int]]:
