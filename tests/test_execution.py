@@ -96,7 +96,13 @@ def _plain_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    "execution", [STACKED, Execution(remat=True), Execution(remat=True, stacked=True)], ids=str
+    "execution",
+    [
+        STACKED,
+        pytest.param(Execution(remat=True), marks=pytest.mark.slow),
+        Execution(remat=True, stacked=True),
+    ],
+    ids=str,
 )
 def test_stacked_and_recomputed_layers_change_nothing(execution: Execution) -> None:
     loss, (hidden, load), gradients = value_and_gradients(execution)

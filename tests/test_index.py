@@ -19,6 +19,7 @@ from gemtool.model.batch import Batch
 from gemtool.model.config import ModelConfig
 from gemtool.model.execution import Execution
 from gemtool.model.kinds import IndexConfig, LayerKind
+from tests.test_index_infer import quickly_compiled  # noqa: F401 (a fixture)
 from tests.test_model import TINY, TOLERANCE, WINDOW, random_params
 
 # Blocks of 8 positions, so that few tokens are many blocks; narrow enough to leave most of them out.
@@ -485,6 +486,7 @@ def test_indices_of_all_layers_learn_together() -> None:
     assert "layers/4/attention/index/k" not in grads
 
 
+@pytest.mark.slow
 def test_repeated_layers_share_keys_in_a_scan() -> None:
     config = sharing(layers="LGLSLSLS")
     p, batch = random_params(config), packed(tokens_of(3))

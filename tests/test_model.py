@@ -190,8 +190,8 @@ def assert_close(actual: jax.Array, expected: jax.Array, kv_dtype: str = "float3
     [
         (TINY, (1, 3, 64, 100)),
         (IMPORTED, (64,)),
-        (CHUNKED, (1, 7, 100)),
-        (PARALLEL, (7, 64)),
+        pytest.param(CHUNKED, (1, 7, 100), marks=pytest.mark.slow),
+        pytest.param(PARALLEL, (7, 64), marks=pytest.mark.slow),
         (dataclasses.replace(TINY, kv_dtype="float16"), (1,)),
     ],
     ids=["tiny", "imported", "chunked", "parallel", "float16"],

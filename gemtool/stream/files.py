@@ -128,10 +128,9 @@ def _failures(path: str) -> Iterator[None]:
     try:
         yield
     except OSError as problem:
-        where = None if problem.filename is None else Path(problem.filename).absolute().parent
-        target = Path(path).resolve()
-        own = where is not None and where in (target.parent, Path(path).absolute().parent)
-        if not own and (where or not no_room(problem)):
+        target, named = Path(path).resolve(), problem.filename
+        own = named is not None and target.name in Path(os.fsdecode(named)).name
+        if not own and (named or not no_room(problem)):
             raise
         raise GemtoolError(f"{path}: cannot be written: {reason(problem)}") from None
 
