@@ -32,7 +32,7 @@ from gemtool.data.settings import MediaSettings
 from gemtool.data.vocab import Vocab
 from gemtool.errors import CorruptInput, GemtoolError, reason
 from gemtool.model.config import ModelConfig
-from gemtool.stream.files import atomic_file, atomic_write, sync_folder
+from gemtool.stream.files import atomic_file, atomic_write
 from gemtool.stream.mapped import MappedSource
 
 VERSION = 1
@@ -316,7 +316,6 @@ def write_checkpoint(
     atomic_write(folder / CARD, encoded.encode())
     saved = json.dumps({"fingerprint": fingerprint, "step": step})
     _write_tensors(folder / WEIGHTS, tensors, {_METADATA: saved})
-    sync_folder(folder)
     return fingerprint
 
 

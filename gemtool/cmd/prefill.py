@@ -143,7 +143,7 @@ def prefill(
         raise UsageError("--resume needs -o FILE: what went elsewhere cannot be read back")
     name = display_name(inputs[0] if inputs else None)
     checkpoint = open_checkpoint(ckpt)
-    coming, total = expected(inputs) or (None, None)
+    coming, total = (None if dry_run else expected(inputs)) or (None, None)
     with open_all_spans(inputs, recover=recover) as spans:
         require_settings(spans.header, checkpoint, name)
         setup_jax()
