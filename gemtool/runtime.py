@@ -20,17 +20,21 @@ CACHE_BYTES = 1 << 30
 """Of compiled programs that are kept, at most: those of some thousand shapes of a small model."""
 
 
-def setup_jax(keep_programs: bool = True) -> None:
+def setup_jax(keep_programs: bool = True, kernels: str | None = None) -> None:
     """Configures JAX; every verb that computes calls this before its first JAX operation.
 
     Types never widen silently and ranks never broadcast silently. Compiled programs are kept in
     `cache_folder()`, so that a verb called a second time starts at once, and of what exceeds
     `CACHE_BYTES` at its start the least recently used are removed; those for devices that are not
-    here cannot be read back, hence `keep_programs`. Platforms are left to JAX_PLATFORMS.
+    here cannot be read back, hence `keep_programs`. Platforms are left to JAX_PLATFORMS, and kernels
+    to `kernels.dispatch` unless these are named.
     """
     _keep_pages()
     import jax
 
+    from gemtool.kernels import dispatch
+
+    dispatch.force(kernels)
     jax.config.update("jax_numpy_dtype_promotion", "strict")
     jax.config.update("jax_numpy_rank_promotion", "raise")
     # JAX and orbax tell through logging what is of no use to the user of a command. What fails in

@@ -109,7 +109,7 @@ def verb(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Verb:
     from gemtool import cli
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("gemtool.runtime.setup_jax", lambda: None)
+    monkeypatch.setattr("gemtool.runtime.setup_jax", lambda **_: None)
     monkeypatch.setattr("gemtool.cmd.exits._abandon_stdout", lambda: None)
 
     def run(*arguments: object, stdin: bytes = b"", stdout: Any = None) -> Done:

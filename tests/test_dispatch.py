@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import pytest
 
+from gemtool.cmd.options import KernelName
 from gemtool.errors import UsageError
 from gemtool.kernels import dispatch
 
@@ -53,3 +54,20 @@ def test_dispatch_obeys_names(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(dispatch.ENVIRONMENT, "cuda")
     with pytest.raises(UsageError, match="GEMTOOL_KERNELS=cuda"):
         dispatch.dispatch("thing", table, None)
+
+
+def test_what_is_forced_outranks_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = {"reference": lambda: "slow", "xla": lambda: "fast"}
+    monkeypatch.setenv(dispatch.ENVIRONMENT, "reference")
+    monkeypatch.setattr(dispatch, "_forced", None)
+    dispatch.force("xla")
+    assert dispatch.dispatch("thing", table, None) == "fast"
+    dispatch.force("gpu")
+    with pytest.raises(UsageError, match="--kernels gpu: thing has no such implementation"):
+        dispatch.dispatch("thing", table, None)
+    dispatch.force(None)
+    assert dispatch.dispatch("thing", table, None) == "slow"
+
+
+def test_the_option_knows_all_names() -> None:
+    assert {*KernelName} == {name for names in dispatch.PREFERENCE.values() for name in names}

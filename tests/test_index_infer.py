@@ -212,3 +212,17 @@ def test_another_index_is_another_model(
     done = gemtool("decode", "--ckpt", tmp_path / "other", "--cache", "a.ctx", *asked, check=False)
     assert done.returncode == 1
     assert b"this context belongs to another model" in done.stderr
+
+
+def test_kernels_are_those_that_an_option_names(folder: Path, gemtool: Command) -> None:
+    ask = ("decode", "--ckpt", folder, "--prompt", "A question", "--max-tokens", 2)
+    texts = [
+        json.loads(gemtool(*ask, *given).stdout)["text"] for given in ((), ("--kernels", "reference"))
+    ]
+    assert texts[0] == texts[1]
+    # Indexed layers have none for GPUs: that it is refused shows that the option is obeyed.
+    for given in (("--kernels", "gpu"), ("--kernels", "cudnn")):
+        done = gemtool(*ask, *given, check=False)
+        assert (done.returncode, done.stdout) == (2, b"")
+        assert given[1] in done.stderr.decode()
+        assert len(done.stderr.splitlines()) == 1

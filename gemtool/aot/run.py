@@ -30,6 +30,7 @@ class CompileOptions:
     dtype: str | None = None
     remat: bool | None = None
     scan: bool | None = None
+    kernels: str | None = None
 
 
 TRAINING_LENGTH = 4_096
@@ -46,7 +47,7 @@ def compile_only(verb: Literal["train", "prefill", "decode"], options: CompileOp
     if options.topology is None:
         raise UsageError("--compile-only: name the slice with --topology, as in v5p:4x4x4")
     prepare_process()
-    setup_jax(keep_programs=False)
+    setup_jax(keep_programs=False, kernels=options.kernels)
     from gemtool.aot import programs
     from gemtool.aot.report import compile_program, table
     from gemtool.checkpoint import open_checkpoint

@@ -17,6 +17,7 @@ from gemtool.cmd.options import (
     CompiledModel,
     CompileOnly,
     Force,
+    Kernels,
     Mesh,
     Output,
     Seed,
@@ -159,6 +160,7 @@ def decode(
         typer.Option("--chat", help="Talk in a terminal, a line a turn, until the end of input."),
     ] = False,
     mesh: Mesh = None,
+    kernels: Kernels = None,
     output: Output = None,
     force: Force = False,
     compile_only: CompileOnly = False,
@@ -174,7 +176,8 @@ def decode(
     several contexts, answers come context by context. Without --cache, prompts are answered alone.
     Prompts of a file are answered several at a time, in order; those of a pipe each as it comes.
     """
-    if compiled("decode", compile_only, topology, length, model=model, ckpt=ckpt, mesh=mesh):
+    how = {"model": model, "ckpt": ckpt, "mesh": mesh, "kernels": kernels}
+    if compiled("decode", compile_only, topology, length, **how):
         return
     require_given({"--ckpt": ckpt})
     assert ckpt is not None
@@ -216,7 +219,7 @@ def decode(
         draft=draft is not None,
         media=media_files(media or []),
     )
-    setup_jax()
+    setup_jax(kernels=kernels)
     with (
         _requests(source, prompts, default, cache is not None) as requests,
         open_output(output, force=force, binary=False) as sink,

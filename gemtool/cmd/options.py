@@ -53,6 +53,25 @@ Mesh = Annotated[
         help="Spread the work over devices along data, fsdp, expert, context and tensor.",
     ),
 ]
+
+
+class KernelName(StrEnum):
+    """Implementations, as `gemtool.kernels.dispatch` knows them."""
+
+    reference = "reference"
+    xla = "xla"
+    pallas_tpu = "pallas_tpu"
+    gpu = "gpu"
+
+
+Kernels = Annotated[
+    KernelName | None,
+    typer.Option(
+        "--kernels",
+        help="Attend and mix experts by these kernels, whatever the platform; by default by the "
+        "fastest that it has.",
+    ),
+]
 CompileOnly = Annotated[
     bool,
     typer.Option(

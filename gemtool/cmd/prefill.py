@@ -16,6 +16,7 @@ from gemtool.cmd.options import (
     CompileOnly,
     Force,
     Inputs,
+    Kernels,
     Mesh,
     NoPg,
     Output,
@@ -78,6 +79,7 @@ def prefill(
         typer.Option("--resume", help="Go on with an interrupted -o FILE, from its last state."),
     ] = False,
     mesh: Mesh = None,
+    kernels: Kernels = None,
     dry_run: Annotated[
         bool,
         typer.Option(
@@ -101,7 +103,7 @@ def prefill(
     """
     if logprobs is not None and compile_only:
         raise UsageError("--logprobs goes without --compile-only")
-    how = {"model": model, "ckpt": ckpt, "mesh": mesh, "chunk": chunk}
+    how = {"model": model, "ckpt": ckpt, "mesh": mesh, "chunk": chunk, "kernels": kernels}
     if compiled("prefill", compile_only, topology, length, **how):
         return
     if flatten:
@@ -111,6 +113,7 @@ def prefill(
             "--logprobs": logprobs,
             "--chunk": chunk,
             "--mesh": mesh,
+            "--kernels": kernels,
         }
         needless = [option for option, value in given.items() if value is not None]
         needless += ["--dry-run"] * dry_run + ["--resume"] * resume
@@ -146,7 +149,7 @@ def prefill(
     coming, total = (None if dry_run else expected(inputs)) or (None, None)
     with open_all_spans(inputs, recover=recover) as spans:
         require_settings(spans.header, checkpoint, name)
-        setup_jax()
+        setup_jax(kernels=kernels)
         from gemtool.infer.contexts import open_base
         from gemtool.infer.engine import Engine
         from gemtool.infer.prefill import Planner, write_context

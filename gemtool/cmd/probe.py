@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gemtool import log
-from gemtool.cmd.options import Force, Mesh, Output, Seed, common, parse_length
+from gemtool.cmd.options import Force, Kernels, Mesh, Output, Seed, common, parse_length
 from gemtool.errors import CorruptInput, GemtoolError, UsageError, did_you_mean, reason
 from gemtool.probes import PROBES, open_probe, probe_options
 from gemtool.probes.wordings import WORDINGS
@@ -104,6 +104,7 @@ def probe(
         bool, typer.Option("--summary", help="A row a cell (length and depth), not a row a case.")
     ] = False,
     mesh: Mesh = None,
+    kernels: Kernels = None,
     seed: Seed = 0,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with an interrupted --output.")
@@ -165,7 +166,7 @@ def probe(
 
     from gemtool.runtime import setup_jax
 
-    setup_jax()
+    setup_jax(kernels=kernels)
     from gemtool.infer.engine import Engine
     from gemtool.model.mesh import open_mesh
 

@@ -11,6 +11,7 @@ from gemtool.cmd.options import (
     CompiledLength,
     CompileOnly,
     Force,
+    Kernels,
     Mesh,
     Seed,
     Topology,
@@ -125,6 +126,7 @@ def train(
             "it is slower.",
         ),
     ] = None,
+    kernels: Kernels = None,
     lr: Annotated[
         float | None,
         typer.Option(
@@ -184,7 +186,7 @@ def train(
     """
     precision = None if dtype is None else dtype.value
     sequences = {"batch": batch, "accumulate": accumulate, "data": tuple(data or ())}
-    how = {"mesh": mesh, "dtype": precision, "remat": remat, "scan": scan}
+    how = {"mesh": mesh, "dtype": precision, "remat": remat, "scan": scan, "kernels": kernels}
     if compile_only and stages is not None:
         raise UsageError(
             "--stages goes without --compile-only, which compiles a trunk's step alone"
@@ -215,6 +217,7 @@ def train(
         dtype=precision,
         remat=remat,
         scan=scan,
+        kernels=kernels,
         lr=lr,
         warmup=warmup,
         eval=eval,

@@ -1,9 +1,9 @@
 """Choose the implementation of a kernel.
 
-The choice is made while tracing. An explicit name (the argument `impl`, else the environment
-variable `GEMTOOL_KERNELS`) is obeyed or fails; otherwise the implementations of the platform that
-the program is for are tried in order, and one that raises `NotImplementedError` passes the call to
-the next.
+The choice is made while tracing. An explicit name (the argument `impl`, else that of `force`, else
+the environment variable `GEMTOOL_KERNELS`) is obeyed or fails; otherwise the implementations of the
+platform that the program is for are tried in order, and one that raises `NotImplementedError` passes
+the call to the next.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ PREFERENCE: dict[str, tuple[str, ...]] = {
     "tpu": ("pallas_tpu", "xla", "reference"),
 }
 
+_forced: str | None = None
+
 # Part of the key of jit's caches: a function traced for one platform is traced anew for another.
 _target = jax.make_user_context(default_value=None)
 
@@ -40,6 +42,13 @@ def compiling_for(platform: str) -> Iterator[None]:
         raise ValueError(f"no platform {platform!r}; expected one of {', '.join(PREFERENCE)}")
     with _target(platform):
         yield
+
+
+def force(name: str | None) -> None:
+    """Has what is traced from now on computed by the implementations of this name, whatever the
+    environment says; None: leaves it to that and the platform. An option of the verbs."""
+    global _forced
+    _forced = name
 
 
 def target_platform() -> str:
@@ -58,7 +67,7 @@ def dispatch(
 
     Raises:
         ValueError: `impl` names no implementation of this operation.
-        UsageError: the environment variable names none.
+        UsageError: what is forced, or the environment variable, names none.
         NotImplementedError: no (chosen) implementation supports these arguments.
     """
     if impl is not None:
@@ -66,12 +75,13 @@ def dispatch(
             known = _known(implementations)
             raise ValueError(f"{operation}: impl={impl!r}; expected one of {known}")
         return implementations[impl](*args, **kwargs)
-    wanted = os.environ.get(ENVIRONMENT)
+    wanted = _forced or os.environ.get(ENVIRONMENT)
     if wanted:
         if wanted not in implementations:
+            who = f"--kernels {wanted}" if _forced else f"{ENVIRONMENT}={wanted}"
             raise UsageError(
-                f"{ENVIRONMENT}={wanted}: {operation} has no such implementation; "
-                f"set it to one of {_known(implementations)}, or unset it"
+                f"{who}: {operation} has no such implementation; "
+                f"name one of {_known(implementations)}, or none"
             )
         return implementations[wanted](*args, **kwargs)
     reasons = []

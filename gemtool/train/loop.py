@@ -73,6 +73,7 @@ class TrainOptions:
     dtype: str | None = None
     remat: bool | None = None
     scan: bool | None = None
+    kernels: str | None = None
     lr: float | None = None
     warmup: int | None = None
     eval: str | None = None
@@ -98,7 +99,7 @@ def train(options: TrainOptions, emit: Callable[[Row], None]) -> None:
             raise UsageError(f"--{name} goes without --stages: each stage has its own in the file")
     if options.resume and options.force:
         raise UsageError("--resume continues what -f would remove; give one of them")
-    setup_jax()
+    setup_jax(kernels=options.kernels)
     data = [open_data(text) for text in options.data]
     with (
         open_run(

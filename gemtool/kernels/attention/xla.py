@@ -133,7 +133,9 @@ class _Plan:
         # Much to see gains from tall matmuls; where it is little, the corners of the causal triangle
         # or of the window, which are computed for nothing, weigh more.
         rows = 256 if min(length, options.window or length) >= 2048 else 128
-        queries = min(max(rows // groups, 16), round_up(length, 8)) if length > 1 else 1
+        # A power of two: blocks of queries then end where blocks of keys do.
+        queries = max(1 << (rows // groups - 1).bit_length(), 16)
+        queries = min(queries, round_up(length, 8)) if length > 1 else 1
         query_blocks = -(-length // queries)
         keys = min(DECODE_KEY_BLOCK if length == 1 else KEY_BLOCK, capacity)
         segment_range = None

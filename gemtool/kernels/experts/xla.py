@@ -28,11 +28,12 @@ from gemtool.kernels.rows import row_dots
 FEW_PAIRS = 16
 
 # (mean rows of an expert, rows of its blocks). Taller matmuls are faster, but the last block is on
-# average half empty. Each size is a multiple of the next.
+# average half empty. Low blocks are slow, in the backward pass above all, so that what tall ones leave
+# is taken in one or two.
 BLOCK_ROWS: tuple[tuple[int, tuple[int, ...]], ...] = (
     (512, (256, 64, 16)),
-    (96, (128, 64, 16)),
-    (48, (64, 16)),
+    (96, (128, 96, 64, 48, 32, 16)),
+    (48, (64, 48, 32, 16)),
     (32, (32, 16)),
     (16, (16,)),
     (0, (8,)),
