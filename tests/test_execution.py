@@ -14,6 +14,7 @@ import pytest
 from gemtool.model import params
 from gemtool.model.config import PRESETS, ModelConfig, load_preset
 from gemtool.model.execution import FLOAT32, Execution, suitable
+from gemtool.model.moe import route
 from gemtool.model.stacking import Repeats, repeats, stack_layers, unstack_layers
 from gemtool.model.transformer import forward
 from gemtool.train.objectives import next_token_loss
@@ -153,6 +154,18 @@ def test_matrices_are_rounded_and_what_decides_is_not() -> None:
 
 
 @pytest.mark.slow
+def test_routers_multiply_in_all_of_float32() -> None:
+    """Accelerators take fewer bits unless they are told: then near ties choose other experts."""
+    moe = CONFIG.moe
+    assert moe is not None
+    p = params.init_params(CONFIG, jax.random.key(0))["layers"]["1"]["moe"]
+    x = jnp.ones((3, CONFIG.d_model), jnp.bfloat16)
+    traced = jax.make_jaxpr(lambda p, x: route(p, moe, x)[3])(p, x)
+    products = [e for e in traced.jaxpr.eqns if e.primitive.name == "dot_general"]
+    assert [e.outvars[0].aval.dtype for e in products] == [jnp.float32]
+    assert products[0].params["precision"] == (jax.lax.Precision.HIGHEST,) * 2
+
+
 def test_a_training_step_of_stacked_layers_is_one_of_layers_apart() -> None:
     batch = stack([dataclasses.replace(make_batch(seed)) for seed in (0, 1)])
 

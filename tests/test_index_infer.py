@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from gemtool.data.vocab import Vocab
+from gemtool.errors import GemtoolError
 from gemtool.infer.contexts import load_context
 from gemtool.infer.engine import Engine
 from gemtool.infer.generate import Step
@@ -21,7 +22,8 @@ from gemtool.infer.sequence import Sequence
 from gemtool.model.config import ModelConfig
 from gemtool.model.kinds import IndexConfig
 from gemtool.stream.context import BLOCK, open_contexts
-from tests.conftest import Command
+from tests.conftest import Command, Verb
+from tests.test_compile_once import programs
 from tests.test_prefill_decode import make_engine, spans_file, text_document, text_tokens, tiny
 
 INDEX = IndexConfig(
@@ -215,14 +217,47 @@ def test_another_index_is_another_model(
 
 
 def test_kernels_are_those_that_an_option_names(folder: Path, gemtool: Command) -> None:
-    ask = ("decode", "--ckpt", folder, "--prompt", "A question", "--max-tokens", 2)
-    texts = [
-        json.loads(gemtool(*ask, *given).stdout)["text"] for given in ((), ("--kernels", "reference"))
-    ]
-    assert texts[0] == texts[1]
-    # Indexed layers have none for GPUs: that it is refused shows that the option is obeyed.
-    for given in (("--kernels", "gpu"), ("--kernels", "cudnn")):
-        done = gemtool(*ask, *given, check=False)
-        assert (done.returncode, done.stdout) == (2, b"")
-        assert given[1] in done.stderr.decode()
-        assert len(done.stderr.splitlines()) == 1
+    ask = ("decode", "--ckpt", folder, "--prompt", "A question", "--max-tokens", 2, "-v")
+    usual, same, other = (
+        gemtool(*ask, *given) for given in ((), ("--kernels", "xla"), ("--kernels", "reference"))
+    )
+    texts = {json.loads(done.stdout)["text"] for done in (usual, same, other)}
+    assert len(texts) == 1
+    assert not programs(same.stderr)[0]  # that CPUs have them anyway: nothing new to compile
+    assert "scored_step" in programs(other.stderr)[0]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("train", "--data", "nowhere", "--ckpt", "run"),
+        ("train", "--compile-only", "--topology", "v5e:2x2"),
+        ("prefill", "--ckpt", "CKPT", "SPANS"),
+        ("prefill", "--compile-only", "--topology", "v5e:2x2"),
+        ("decode", "--ckpt", "CKPT", "--prompt", "A question"),
+        ("decode", "--compile-only", "--topology", "v5e:2x2"),
+        ("probe", "needle", "--ckpt", "CKPT", "--lengths", "1k"),
+    ],
+    ids=lambda arguments: " ".join(arguments[:2]),
+)
+def test_verbs_pass_the_name_of_kernels_on(
+    arguments: tuple[str, ...],
+    folder: Path,
+    vocab: Vocab,
+    verb: Verb,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def set_up(*, kernels: str | None, **_: object) -> None:
+        raise GemtoolError(f"kernels: {kernels}")
+
+    for module in ("runtime", "train.loop", "aot.run"):
+        monkeypatch.setattr(f"gemtool.{module}.setup_jax", set_up)
+    monkeypatch.setattr("gemtool.aot.run.prepare_process", lambda: None)
+    spans = spans_file(
+        tmp_path / "s.spans", [text_document("a", text_tokens(9))], vocab.fingerprint
+    )
+    named = {"CKPT": folder, "SPANS": spans}
+    done = verb(*(named.get(word, word) for word in arguments), "--kernels", "reference")
+    assert (done.code, done.out) == (1, b"")
+    assert "kernels: reference" in done.err

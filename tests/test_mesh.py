@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import re
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -30,6 +32,9 @@ from gemtool.model.params import flatten, init_params, param_specs
 from gemtool.model.transformer import forward
 from gemtool.model.vocab_parallel import embedding_rows
 from gemtool.train.objectives import next_token_loss
+from gemtool.train.optimizer import make_optimizer
+from gemtool.train.placement import place_batches, state_shardings
+from gemtool.train.step import init_state, make_train_step, stack
 
 # float32 keys and values: rounding them to float16 would turn other orders of summation into steps.
 CONFIG = ModelConfig.from_dict(
@@ -150,6 +155,59 @@ def test_what_each_device_adds_is_added_once() -> None:
     params = jax.tree.map(lambda x: x + 0.02, params)  # biases begin at zero
     text = "expert=2,context=2,tensor=2"
     require_equal(BIASED, text, params, batch, run(BIASED, params, batch))
+
+
+@contextlib.contextmanager
+def quickly_compiled() -> Iterator[None]:
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture(scope="module")
+def one_step() -> tuple[Any, dict[str, jax.Array]]:
+    return train_step(None)
+
+
+def train_step(mesh: Any) -> tuple[Any, dict[str, jax.Array]]:
+    """A state after a step on two micro-batches, and the step's metrics."""
+    optimizer = make_optimizer(CONFIG)
+    batches = stack([make_batch(seed) for seed in (0, 1)])
+    state = init_state(CONFIG, optimizer, 0)
+    shardings = None
+    if mesh is not None:
+        shardings = state_shardings(CONFIG, optimizer, mesh)
+        state = jax.device_put(state, shardings)
+        batches = place_batches(batches, mesh)
+    with quickly_compiled():
+        after, metrics = make_train_step(CONFIG, optimizer, shardings)(state, batches, 0.01)
+    if shardings is not None:
+        for x, place in zip(*map(jax.tree.leaves, (after, shardings)), strict=True):
+            assert x.sharding.is_equivalent_to(place, x.ndim)
+    return jax.tree.map(np.asarray, (after, metrics))
+
+
+@pytest.mark.parametrize(
+    "text", [*(pytest.param(text, marks=pytest.mark.slow) for text in ALONE), *TOGETHER]
+)
+def test_a_training_step_is_that_of_one_device(text: str, one_step: tuple[Any, Any]) -> None:
+    expected, expected_metrics = one_step
+    mesh = make_mesh(parse_mesh(text))
+    with jax.set_mesh(mesh):
+        after, metrics = train_step(mesh)
+    assert metrics.keys() == expected_metrics.keys()
+    for name, value in metrics.items():
+        np.testing.assert_allclose(value, expected_metrics[name], rtol=1e-4, err_msg=name)
+    # Adam divides by the gradient's size, so that rounding shows where a gradient is tiny; moments,
+    # which are gradients and their squares, tell the rest.
+    wanted = flatten(expected.params)
+    for path, value in flatten(after.params).items():
+        np.testing.assert_allclose(value, wanted[path], atol=2e-3, err_msg=path)
+    for value, want in zip(
+        *map(jax.tree.leaves, (after.optimizer, expected.optimizer)), strict=True
+    ):
+        np.testing.assert_allclose(value, want, rtol=2e-3, atol=2e-4 * np.abs(want).max())
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,9 @@
 """Choose the implementation of a kernel.
 
-The choice is made while tracing. An explicit name (the argument `impl`, else that of `force`, else
-the environment variable `GEMTOOL_KERNELS`) is obeyed or fails; otherwise the implementations of the
-platform that the program is for are tried in order, and one that raises `NotImplementedError` passes
-the call to the next.
+The choice is made while tracing. The argument `impl` is obeyed or fails; otherwise the implementations
+of the platform that the program is for are tried in order, and one that raises `NotImplementedError`
+passes the call to the next. A name given to `force`, else by the environment variable
+`GEMTOOL_KERNELS`, is obeyed or fails by every operation that has an implementation of that name.
 """
 
 from __future__ import annotations
@@ -27,6 +27,9 @@ PREFERENCE: dict[str, tuple[str, ...]] = {
     "gpu": ("gpu", "xla", "reference"),
     "tpu": ("pallas_tpu", "xla", "reference"),
 }
+
+NAMES = tuple(dict.fromkeys(name for names in PREFERENCE.values() for name in reversed(names)))
+"""Of all implementations, those that every operation has first."""
 
 _forced: str | None = None
 
@@ -67,7 +70,7 @@ def dispatch(
 
     Raises:
         ValueError: `impl` names no implementation of this operation.
-        UsageError: what is forced, or the environment variable, names none.
+        UsageError: what is forced is no name, or does not support these arguments.
         NotImplementedError: no (chosen) implementation supports these arguments.
     """
     if impl is not None:
@@ -77,13 +80,14 @@ def dispatch(
         return implementations[impl](*args, **kwargs)
     wanted = _forced or os.environ.get(ENVIRONMENT)
     if wanted:
-        if wanted not in implementations:
-            who = f"--kernels {wanted}" if _forced else f"{ENVIRONMENT}={wanted}"
-            raise UsageError(
-                f"{who}: {operation} has no such implementation; "
-                f"name one of {_known(implementations)}, or none"
-            )
-        return implementations[wanted](*args, **kwargs)
+        who = f"--kernels {wanted}" if _forced else f"{ENVIRONMENT}={wanted}"
+        if wanted not in NAMES:
+            raise UsageError(f"{who}: no such kernels; name one of {', '.join(NAMES)}, or none")
+        if wanted in implementations:
+            try:
+                return implementations[wanted](*args, **kwargs)
+            except NotImplementedError as reason:
+                raise UsageError(f"{who}: {operation}: {reason}") from None
     reasons = []
     platform = target_platform()
     for name in PREFERENCE.get(platform, ("xla", "reference")):

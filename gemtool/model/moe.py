@@ -61,7 +61,10 @@ def route(
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Who computes what, for `x` [..., D]: experts' ids int32 [..., top_k] (the lower id where scores
     tie) and their weights float32 [..., top_k], and all scores and logits float32 [..., E]."""
-    logits = jnp.einsum("...d,de->...e", x.astype(jnp.float32), p["router"])
+    # By default accelerators multiply float32 in fewer bits, which changes who is chosen.
+    highest = jax.lax.Precision.HIGHEST
+    rows = x.astype(jnp.float32)
+    logits = jnp.einsum("...d,de->...e", rows, p["router"], precision=highest)
     if moe.router_bias:
         logits = logits + jnp.broadcast_to(p["router_bias"], logits.shape)
     scores = jax.nn.softmax(logits) if moe.score == "softmax" else jax.nn.sigmoid(logits)

@@ -8,6 +8,7 @@ nested dict; a leaf's path reads `layers/0/attention/q`.
 from __future__ import annotations
 
 import math
+import re
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -344,18 +345,31 @@ def count_params(config: ModelConfig) -> tuple[int, int]:
 
 
 def describe(config: ModelConfig) -> str:
-    """The parameters as text, one a line: path, shape, dtype, logical axes, initial values."""
-    rows = []
+    """The parameters as text, one a line: path, shape, dtype, logical axes, initial values. Layers that
+    have the same ones are one block under their numbers.
+    """
+    groups: dict[str, dict[str, tuple[str, ...]]] = {}
     for path, spec in flatten(param_specs(config)).items():
         shape = "x".join(map(str, spec.shape))
         axes = ",".join(axis or "-" for axis in spec.axes)
         init = f"repeat {spec.source}" if spec.init == "repeat" else f"{spec.init} {spec.scale:.4g}"
-        rows.append((path, shape, spec.dtype, axes, init))
-    widths = [max(len(row[i]) for row in rows) for i in range(5)]
-    lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    ]
+        layer = re.fullmatch(r"(.*\blayers/\d+)/(.*)", path)
+        where, name = layer.groups() if layer else ("", path)
+        groups.setdefault(where, {})[name] = (shape, spec.dtype, axes, init)
+    alike: dict[Any, list[str]] = {}
+    for where, table in groups.items():
+        prefix, _, number = where.rpartition("/")
+        alike.setdefault((prefix, tuple(table.items())), []).append(number)
+    lines = []
+    for (prefix, rows), numbers in alike.items():
+        if prefix:
+            lines.append(f"{prefix}/{','.join(sorted(numbers, key=int))}")
+        indent = "  " if prefix else ""
+        cells = [(indent + name, *row) for name, row in rows]
+        widths = [max(len(row[i]) for row in cells) for i in range(5)]
+        for row in cells:
+            padded = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+            lines.append("  ".join(padded).rstrip())
     total, active = count_params(config)
     return "\n".join([*lines, f"total {total:,}  active per token {active:,}", ""])
 
