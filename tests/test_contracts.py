@@ -97,7 +97,9 @@ class Program:
 @functools.cache
 def program(preset: str, platform: str) -> Program:
     """The step over one sequence a device (of those that the batch is spread over)."""
-    config = dataclasses.replace(load_preset(preset), layers="LG", dense_layers=1)
+    config = load_preset(preset)
+    kinds = "".join(dict.fromkeys(config.layers))
+    config = dataclasses.replace(config, layers=kinds, dense_layers=1)
     mesh, optimizer = abstract_mesh(CONTRACTS[preset][0]), make_optimizer(config)
     sequences = math.prod(mesh.shape[axis] for axis in RULES["batch"])
     require_fit(config, mesh, sequences, LENGTH)
