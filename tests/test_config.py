@@ -13,6 +13,7 @@ import pytest
 from gemtool.errors import GemtoolError
 from gemtool.model import params
 from gemtool.model.config import PRESETS, ModelConfig, load_preset
+from gemtool.model.kinds import IndexConfig
 from tests.test_model import CHUNKED, IMPORTED, PARALLEL, TINY
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -27,7 +28,19 @@ def test_parameters_of_presets_are_as_recorded(name: str) -> None:
 ALL = [TINY, IMPORTED, CHUNKED, PARALLEL]
 
 
-@pytest.mark.parametrize("config", ALL, ids=["tiny", "imported", "chunked", "parallel"])
+def indexed() -> ModelConfig:
+    """TINY with an index, and a layer that shares its keys."""
+    window, full = TINY.kinds
+    index = IndexConfig(block=4, landmarks=2, dim=4, hidden=8, local=1, select=2)
+    full = dataclasses.replace(full, attention="indexed", rope_theta=0.0, index=index)
+    own = {"key_shift": 0, "tie_qk_init": False}
+    shared = dataclasses.replace(full, letter="S", shares="G", **own)
+    return dataclasses.replace(TINY, layers="LGLS", kinds=(window, full, shared))
+
+
+@pytest.mark.parametrize(
+    "config", [*ALL, indexed()], ids=["tiny", "imported", "chunked", "parallel", "indexed"]
+)
 def test_the_table_describes_the_arrays(config: ModelConfig) -> None:
     arrays = params.flatten(params.init_params(config, jax.random.key(0)))
     specs = params.flatten(params.param_specs(config))
@@ -43,7 +56,8 @@ def test_the_table_describes_the_arrays(config: ModelConfig) -> None:
     assert config.moe is not None
     biases = 16 + 16 + 32 if config.moe.expert_bias else 0
     sleeping = config.moe.experts - config.moe.top_k
-    assert total - active == sleeping * (3 * 32 * 16 + biases)
+    mixtures = sum(config.is_moe(i) for i in range(len(config.layers)))
+    assert total - active == sleeping * mixtures * (3 * 32 * 16 + biases)
 
 
 def test_initial_values_depend_on_the_path_only() -> None:
