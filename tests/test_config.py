@@ -97,7 +97,7 @@ YARN = {"kind": "yarn", "factor": 4.0, "original_length": 64}
         (("kinds", "L"), "window", 0, "window must be positive for window and chunk"),
         (("kinds", "G"), "kv_heads", 3, r"heads \(2\) must be a multiple of kv_heads \(3\)"),
         (("kinds", "G"), "sink", 1, "sink must be bool"),
-        ((), "activation", "relu", "activation must be one of swiglu, geglu, clamped_swiglu"),
+        ((), "activation", "relu", "one of swiglu, geglu, clamped_swiglu, clamped_geglu"),
         ((), "glu_limit", 0, "glu_limit must be positive"),
         ((), "logit_soft_cap", -1.0, "logit_soft_cap must not be negative"),
         (("kinds", "G"), "window", 8, "0 for full and indexed attention, not 8"),

@@ -437,6 +437,7 @@ EXPERTS: dict[str, tuple[tuple[int, ...], str]] = {
     "bias-clamped_swiglu": ((170, 2, 4, 8, 12), "absent"),
     "bias-nobody": ((40, 2, 4, 8, 12), "none"),
     "decode-bias-clamped_swiglu": ((4, 3, 8, 8, 12), "absent"),
+    "decode-bias-clamped_geglu": ((4, 3, 8, 8, 12), "any"),
     "decode-geglu": ((5, 3, 8, 8, 12), "any"),
     "bfloat16-bias": ((170, 2, 4, 16, 24), "absent"),
     "decode-bfloat16": ((5, 3, 8, 8, 12), "any"),
@@ -444,8 +445,8 @@ EXPERTS: dict[str, tuple[tuple[int, ...], str]] = {
 
 
 def activation(name: str) -> Glu:
-    names = [glu for glu in ("geglu", "clamped_swiglu") if glu in name]
-    return Glu(*names, limit=0.8)
+    names = ("clamped_geglu", "clamped_swiglu", "geglu")
+    return Glu(next((glu for glu in names if glu in name), "swiglu"), limit=0.8)
 
 
 def expert_case(name: str) -> tuple[dict[str, np.ndarray], np.ndarray]:
@@ -511,6 +512,8 @@ def test_experts(impl: str, name: str) -> None:
 
 def gated(name: str, gate: np.ndarray, up: np.ndarray) -> np.ndarray:
     """The definition of the activations, in float64."""
+    if "clamped_geglu" in name:
+        gate, up = np.minimum(gate, 0.8), np.clip(up, -0.8, 0.8)
     if "geglu" in name:
         return gate / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3))) * up
     if "clamped_swiglu" in name:
@@ -520,7 +523,11 @@ def gated(name: str, gate: np.ndarray, up: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    "name", ["decode-absent", "repeated", "geglu", "bias", "decode-bias-clamped_swiglu"]
+    "name",
+    [
+        *("decode-absent", "repeated", "geglu", "bias"),
+        *("decode-bias-clamped_swiglu", "decode-bias-clamped_geglu"),
+    ],
 )
 @pytest.mark.parametrize("impl", experts.IMPLEMENTATIONS)
 def test_experts_in_float64_are_the_definition(impl: str, name: str) -> None:

@@ -1,4 +1,4 @@
-"""The decoder computes what transformers computes: tiny models of seven families, random weights.
+"""The decoder computes what transformers computes: tiny models of nine families, random weights.
 
 Logits of whole sequences, and of prefill and decoding through the cache, are compared in float32,
 past every window and chunk.
@@ -19,7 +19,7 @@ from gemtool.model.batch import Batch
 from gemtool.model.cache import init_cache
 from gemtool.model.config import LayerKind, ModelConfig, MoEConfig
 from gemtool.model.kinds import RopeScaling
-from gemtool.model.moe import route
+from gemtool.model.moe import moe_mlp, route
 from gemtool.model.rope import frequencies
 from tests.families import ATTENTION, QK_NORM, Family, Table, convert, experts, mlp
 
@@ -54,6 +54,44 @@ def kind(letter: str, attention: str = "full", window: int = 0, **rest: Any) -> 
 
 def moe(experts: int, top_k: int, **rest: Any) -> MoEConfig:
     return MoEConfig(experts, top_k, 24, balance="auxiliary", **rest)
+
+
+def halves(x: np.ndarray) -> np.ndarray:
+    """Neighbours that are rotated as a pair, moved to the two halves of a head [H * K, D] of K = 16."""
+    return x.reshape(-1, 8, 2, 32).swapaxes(1, 2).reshape(x.shape).T
+
+
+PAIRS: Table = {
+    f"layers/{{i}}/attention/{name}": (f"model.layers.{{i}}.self_attn.{name}_proj.weight", halves)
+    for name in "qk"
+}
+BIASES: Table = {
+    f"layers/{{i}}/attention/{name}_bias": f"model.layers.{{i}}.self_attn.{name}_proj.bias"
+    for name in "qkvo"
+}
+
+
+def llama() -> Family:
+    """A dense layer whose projections all have biases, those of attention and of the network."""
+    return Family(
+        "Llama",
+        {
+            **SIZES,
+            "num_hidden_layers": 1,
+            "intermediate_size": 48,
+            "attention_bias": True,
+            "mlp_bias": True,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+        },
+        config("G", (kind("G", qkv_bias=True, out_bias=True),), mlp_bias=True),
+        ATTENTION
+        | BIASES
+        | mlp("mlp", "mlp")
+        | {
+            f"layers/{{i}}/mlp/{name}_bias": f"model.layers.{{i}}.mlp.{name}_proj.bias"
+            for name in ("gate", "up", "down")
+        },
+    )
 
 
 def mixtral() -> Family:
@@ -136,10 +174,6 @@ def gpt_oss() -> Family:
     scaling = RopeScaling("yarn", 32.0, original_length=4096, truncate=False)
     alike = {"rope_theta": 1.5e5, "rope_scaling": scaling, "sink": True}
     alike |= {"qkv_bias": True, "out_bias": True, "head_dim": 16}
-    biases = {
-        f"layers/{{i}}/attention/{name}_bias": f"model.layers.{{i}}.self_attn.{name}_proj.bias"
-        for name in "qkvo"
-    }
     gate, up, their = slice(0, None, 2), slice(1, None, 2), "model.layers.{i}.mlp.experts"
     return Family(
         "GptOss",
@@ -163,7 +197,7 @@ def gpt_oss() -> Family:
             moe=moe(4, 2, router_bias=True, expert_bias=True),
         ),
         ATTENTION
-        | biases
+        | BIASES
         | {
             "layers/{i}/attention/sink": "model.layers.{i}.self_attn.sinks",
             "layers/{i}/moe/router": "model.layers.{i}.mlp.router.weight",
@@ -247,11 +281,6 @@ def gemma3() -> Family:
 def llama4() -> Family:
     """Chunks with rotary positions and plain norms; every other layer full without positions, its
     queries growing with length; experts weighed at their input, in every other layer, one shared."""
-
-    def halves(x: np.ndarray) -> np.ndarray:
-        """Neighbours that are rotated as a pair, moved to the two halves of a head [H * K, D]."""
-        return x.reshape(-1, 8, 2, 32).swapaxes(1, 2).reshape(x.shape).T
-
     llama3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0}
     llama3 |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 256}
     scaling = RopeScaling("llama3", 8.0, original_length=256, fast=4.0)
@@ -292,13 +321,7 @@ def llama4() -> Family:
             ),
         ),
         ATTENTION
-        | {
-            f"layers/{{i}}/attention/{name}": (
-                f"model.layers.{{i}}.self_attn.{name}_proj.weight",
-                f,
-            )
-            for name, f in (("q", halves), ("k", halves))
-        }
+        | PAIRS
         | mlp("mlp", "feed_forward")
         | mlp("moe/shared", "feed_forward.shared_expert")
         | {"layers/{i}/moe/router": f"{their}.router.weight"}
@@ -306,7 +329,46 @@ def llama4() -> Family:
     )
 
 
-FAMILIES = {f.__name__: f for f in (mixtral, qwen3_moe, olmoe, gpt_oss, gemma2, gemma3, llama4)}
+def cohere2_moe() -> Family:
+    """Attention and network side by side, of rows normed once: a dense layer of a window, then experts,
+    one shared, beside full attention without positions."""
+    return Family(
+        "Cohere2Moe",
+        {
+            **SIZES,
+            "num_hidden_layers": 2,
+            "head_dim": 16,
+            "intermediate_size": 24,
+            "prefix_dense_intermediate_size": 48,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "mlp_layer_types": ["dense", "sparse"],
+            "sliding_window": WINDOW,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "expert_selection_fn": "sigmoid",
+            "num_shared_experts": 1,
+            "shared_expert_combination_strategy": "sum",
+            "logit_scale": 1.0,
+            "tie_word_embeddings": False,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+        },
+        config(
+            "LG",
+            (kind("L", "window", WINDOW, head_dim=16), kind("G", head_dim=16, rope_theta=0.0)),
+            parallel=True,
+            moe=moe(4, 2, shared_experts=1, score="sigmoid"),
+        ),
+        ATTENTION
+        | PAIRS
+        | mlp("mlp", "mlp")
+        | mlp("moe/shared", "mlp.shared_experts")
+        | {"layers/{i}/moe/router": "model.layers.{i}.mlp.gate.weight"}
+        | experts("model.layers.{i}.mlp.experts", **HALVES, transposed=True),
+    )
+
+
+ALL = (llama, mixtral, qwen3_moe, olmoe, gpt_oss, gemma2, gemma3, llama4, cohere2_moe)
+FAMILIES = {f.__name__: f for f in ALL}
 
 
 def random_model(family: Family) -> Any:
@@ -455,3 +517,20 @@ def test_choice_within_groups() -> None:
         np.take_along_axis(expected.numpy(), order, 1),
         rtol=1e-5,
     )
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_balance_loss(padded: bool) -> None:
+    """That of Mixtral, whose shares of tokens are not divided by the number of choices."""
+    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+    ours = config("G", (kind("G"),), dense_layers=0, moe=moe(6, 3))
+    p = params.init_params(ours, jax.random.key(0))["layers"]["0"]["moe"]
+    x = np.random.default_rng(2).normal(0.3, 1, (2, 20, 32)).astype(np.float32)
+    present = np.ones((2, 20), bool)
+    present[1, 5:] = not padded
+    logits = torch.from_numpy(x.reshape(40, 32) @ np.asarray(p["router"]))
+    expected = load_balancing_loss_func((logits,), 6, 3, torch.from_numpy(present)) / 3
+    assert abs(float(expected) - 1) > 0.01  # neither balance nor a constant
+    _, stats = jax.jit(moe_mlp, static_argnums=1)(p, ours, jnp.asarray(x), jnp.asarray(present))
+    np.testing.assert_allclose(stats["balance_loss"], expected, rtol=1e-5)

@@ -15,7 +15,9 @@ class Glu:
     swiglu          silu(gate) * up                                   arXiv 2002.05202
     geglu           gelu(gate) * up, gelu by its tanh approximation   arXiv 2002.05202
     clamped_swiglu  g * sigmoid(alpha * g) * (u + 1)                  arXiv 2508.10925
-                    with g = min(gate, limit), u = clip(up, -limit, limit)
+    clamped_geglu   gelu(g) * u
+
+    with g = min(gate, limit), u = clip(up, -limit, limit).
     """
 
     name: str = "swiglu"
@@ -34,10 +36,15 @@ class Glu:
             case "geglu":
                 return jax.nn.gelu(gate, approximate=True) * up
             case "clamped_swiglu":
-                gate = jnp.minimum(gate, self.limit)
-                up = jnp.clip(up, -self.limit, self.limit)
+                gate, up = self._clamped(gate, up)
                 return gate * jax.nn.sigmoid(self.alpha * gate) * (up + 1)
+            case "clamped_geglu":
+                gate, up = self._clamped(gate, up)
+                return jax.nn.gelu(gate, approximate=True) * up
         raise ValueError(f"glu: no activation {self.name!r}")
+
+    def _clamped(self, gate: jax.Array, up: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return jnp.minimum(gate, self.limit), jnp.clip(up, -self.limit, self.limit)
 
 
 SWIGLU = Glu()

@@ -201,8 +201,8 @@ class ModelConfig:
     `dense_layers`     how many of the first layers are dense; the others are mixtures of experts where
                        `moe` is given.
     `activation`       of every gated network, dense or expert: "swiglu", "geglu" (with tanh's gelu;
-                       both arXiv 2002.05202) or "clamped_swiglu" (arXiv 2508.10925), which has
-                       `glu_alpha` and `glu_limit`.
+                       both arXiv 2002.05202), "clamped_swiglu" (arXiv 2508.10925), which has
+                       `glu_alpha` and `glu_limit`, or "clamped_geglu", which has `glu_limit`.
     `mlp_bias`         whether dense feed-forward projections have biases.
     `parallel`         attention and feed-forward read the same normed rows and are added together
                        (arXiv 2204.02311), instead of one after the other.
@@ -243,7 +243,8 @@ class ModelConfig:
         positive("model", self, "glu_alpha", "glu_limit")
         not_negative("model", self, "dense_layers", "logit_soft_cap")
         choice("model", self, "kv_dtype", ("float16", "float32"))
-        choice("model", self, "activation", ("swiglu", "geglu", "clamped_swiglu"))
+        names = ("swiglu", "geglu", "clamped_swiglu", "clamped_geglu")
+        choice("model", self, "activation", names)
         require(self.layers != "", "model: layers must name at least one layer, such as 'LLGL'")
         letters = [kind.letter for kind in self.kinds]
         for letter in dict.fromkeys(self.layers):
