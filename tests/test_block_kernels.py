@@ -29,16 +29,15 @@ FORWARD = {"rtol": 2e-5, "atol": 2e-5}
 BFLOAT16 = {"rtol": 2e-2, "atol": 2e-2}
 
 # Cases that an implementation refuses; it computes every other one.
-UNSUPPORTED = {
-    "pallas_tpu": ("float64", "float16-buffer", "decode-float16-buffer", "odd-blocks", "too-large")
-}
+UNSUPPORTED = {"pallas_tpu": ("float64", "odd-blocks", "too-large")}
 
 # What is interpreted here is slow to compile: of it these cases, each of which takes another path,
 # and those it refuses run always, all others among the slow tests.
 INTERPRETED = {
     "pallas_tpu": (
         *("decode", "starts", "no-keys", "empty-lists", "large-blocks", "wide-grouped"),
-        *("everything", "bfloat16", *UNSUPPORTED["pallas_tpu"]),
+        *("everything", "bfloat16", "decode-float16-buffer", "wide-float16-buffer"),
+        *UNSUPPORTED["pallas_tpu"],
     )
 }
 FAST = [name for name in operations.IMPLEMENTATIONS if name != "reference"]
@@ -100,6 +99,14 @@ ATTENTION: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
     ),
     "float16-buffer": ((1, 33, 12, 16, 5, 4, 2, 8), {"q_start": 150, "kv_dtype": np.float16}),
     "decode-float16-buffer": ((1, 1, 12, 16, 5, 2, 1, 8), {"q_start": 150, "kv_dtype": np.float16}),
+    "wide-float16-buffer": (
+        (1, 3, 9, 16, 4, 6, 3, 128),
+        {"q_start": 120, "kv_dtype": np.float16, "sink": True},
+    ),
+    "bfloat16-float16-buffer": (
+        (1, 33, 12, 16, 5, 4, 2, 8),
+        {"q_start": 150, "dtype": jnp.bfloat16, "kv_dtype": np.float16},
+    ),
     "bfloat16-buffer": ((1, 33, 12, 16, 5, 4, 2, 8), {"q_start": 150, "kv_dtype": jnp.bfloat16}),
     "bfloat16": (
         (1, 33, 12, 16, 5, 4, 2, 8),
@@ -286,6 +293,17 @@ def test_blocks_that_nobody_sees_are_not_read(impl: str, length: int) -> None:
     clean = run(q, k, k, named, **options)
     np.testing.assert_array_equal(run(q, poisoned, poisoned, named, **options), clean)
     assert np.isfinite(clean).all()
+
+
+def test_kernels_read_float16_exactly() -> None:
+    """Every finite number, of both signs, subnormal ones too."""
+    from gemtool.kernels.blocks.pallas_tpu import _widened
+
+    values = np.arange(2**16, dtype=np.uint16).view(np.float16)
+    values = values[np.isfinite(values)]
+    found = np.asarray(jax.jit(_widened)(values.view(np.int16)))
+    assert found.dtype == np.float32
+    np.testing.assert_array_equal(found.view(np.int32), values.astype(np.float32).view(np.int32))
 
 
 @pytest.mark.parametrize("length", [1, 40])

@@ -36,14 +36,20 @@ def device(request: pytest.FixtureRequest) -> Any:
     return open_topology(CHIPS[request.param]).devices[0]
 
 
-def compiled(device: Any, function: Any, arguments: Any, with_kernels: bool = True) -> Any:
+def compiled(
+    device: Any,
+    function: Any,
+    arguments: Any,
+    with_kernels: bool = True,
+    donate: tuple[int, ...] = (),
+) -> Any:
     """The program for one chip; it holds kernels written in Pallas, or does not."""
     sharding = NamedSharding(Mesh(np.array([device]), ("x",)), PartitionSpec())
     placed = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), arguments
     )
     with compiling_for("tpu"):
-        program = jax.jit(function).lower(*placed).compile()
+        program = jax.jit(function, donate_argnums=donate).lower(*placed).compile()
     assert ("tpu_custom_call" in program.as_text()) == with_kernels
     return program
 
@@ -128,8 +134,13 @@ BLOCKS: dict[str, tuple[tuple[int, ...], int, Any, Any]] = {
     "nano G decodes": ((1, 21, 2, 1, 64), 64, FLOAT32, FLOAT32),
     "nano G prefills": ((512, 21, 2, 1, 64), 64, FLOAT32, BFLOAT16),
     "mini G prefills, more than is prefetched": ((2048, 21, 8, 2, 64), 128, BFLOAT16, BFLOAT16),
+    "nano G decodes from float16": ((1, 21, 2, 1, 64), 64, FLOAT32, FLOAT16),
+    "mini G prefills from float16": ((2048, 21, 8, 2, 64), 128, BFLOAT16, FLOAT16),
     "pro G decodes": ((1, 69, 64, 4, 128), 64, BFLOAT16, BFLOAT16),
+    "pro G decodes from float16": ((1, 69, 64, 4, 128), 64, BFLOAT16, FLOAT16),
+    "share of pro G decodes from float16": ((1, 69, 16, 1, 128), 64, BFLOAT16, FLOAT16),
     "share of pro G prefills": ((512, 69, 16, 1, 128), 64, BFLOAT16, BFLOAT16),
+    "pro G prefills from float16": ((512, 69, 64, 4, 128), 64, BFLOAT16, FLOAT16),
     "pro G in float32, small blocks": ((512, 69, 64, 4, 128), 16, FLOAT32, FLOAT32),
 }
 
@@ -151,6 +162,28 @@ def test_attention_to_blocks_of_a_million_keys(device: Any, name: str) -> None:
 
     program = compiled(device, step, arguments)
     assert program.memory_analysis().temp_size_in_bytes < 100 * 2**20
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("kv_heads", [1, 4])
+def test_blocks_of_a_buffer_that_is_written_to(device: Any, dim: int, kv_heads: int) -> None:
+    """In a loop, as in decoding: float16 is neither copied nor converted but by the kernel."""
+    buffer = shape(1, MILLION, kv_heads, dim, dtype=FLOAT16)
+    arguments = (shape(1, 1, 16, dim), buffer, buffer, shape(1, 1, 69, dtype=jnp.int32))
+
+    def steps(q: Any, k: Any, v: Any, named: Any, at: Any) -> Any:
+        def step(i: Any, carry: Any) -> Any:
+            q, k, v = carry
+            rows = q[:, :, :kv_heads].astype(FLOAT16)
+            k, v = (jax.lax.dynamic_update_slice_in_dim(x, rows, at + i, axis=1) for x in (k, v))
+            options = {"block": 64, "q_start": at + i, "impl": "pallas_tpu"}
+            return partial_block_attention(q, k, v, named, **options)[0], k, v
+
+        return jax.lax.fori_loop(jnp.int32(0), jnp.int32(4), step, (q, k, v))
+
+    program = compiled(device, steps, (*arguments, shape(dtype=jnp.int32)), donate=(1, 2))
+    assert program.memory_analysis().temp_size_in_bytes < 2**23
+    assert program.memory_analysis().alias_size_in_bytes >= 4 * MILLION * kv_heads * dim
 
 
 def test_choice_of_blocks_of_a_million_keys(device: Any) -> None:

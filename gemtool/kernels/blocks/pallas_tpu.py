@@ -10,9 +10,9 @@ than 128 dimensions as [B * KV, D, S], others as [B, S * KV, D], keys of all hea
 of other heads hidden. What is fetched is a tile: a block, or in the first way at least the 128 keys
 that fill the lanes, of which those of other blocks are hidden.
 
-TPUs do not read float16. Handing its bits over as integers makes XLA copy the whole buffer, and the
-plain form copies it too where heads have less than 128 dimensions or there is one key head: on TPUs
-a buffer had better be of bfloat16.
+Kernels for TPUs take no float16. Of such a buffer they read the bits, 16-bit integers, and make of
+them what they stand for (`_widened`). To XLA, taking bits as another type is work on the whole buffer,
+unless it is part of the kernel: `_bits` says how it becomes that.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from gemtool.kernels.attention.reference import NOTHING
 from gemtool.kernels.attention.tpu_blocks import INNER, LANES, LAST
 from gemtool.kernels.dispatch import target_platform
 
-READABLE = (jnp.float32, jnp.bfloat16)
+READABLE = (jnp.float32, jnp.bfloat16, jnp.float16)
 # Keys side by side come in whole tiles of so many rows, in either readable type.
 SUBLANES = 16
 # Numbers that are prefetched at a time, of each kind: 128 KiB of scalar memory.
@@ -62,8 +62,8 @@ def block_attention_pallas_tpu(
     For another platform than TPUs the kernel is interpreted, to try it.
 
     Raises:
-        NotImplementedError: anything is float64; the buffer is of a type that kernels cannot read
-            (float16), since it would have to be converted as a whole; blocks do not fit into tiles.
+        NotImplementedError: anything is float64; the buffer is of a type that kernels cannot read,
+            since it would have to be converted as a whole; blocks do not fit into tiles.
     """
     if jnp.float64 in (q.dtype, k.dtype, v.dtype):
         raise NotImplementedError("TPUs have no float64")
@@ -73,7 +73,8 @@ def block_attention_pallas_tpu(
     # What is yet to be merged is not rounded before.
     out_dtype = q.dtype if sink is None else jnp.float32
     with jax.named_scope("block_attention"):
-        part = _by_pieces(plan, q, plan.arranged(k), plan.arranged(v), blocks, newest, out_dtype)
+        k, v = plan.arranged(k), plan.arranged(v)
+        part = _by_pieces(plan, q, k, v, blocks, newest, out_dtype)
         out, lse = part if sink is None else merge_attention([part], sink)
         return out.astype(q.dtype), lse
 
@@ -181,6 +182,7 @@ def _at_once(
 
     tile = (dim, plan.keys) if plan.keys_minor else (plan.keys, dim)
     keys_spec = pl.BlockSpec((None, *tile), of_keys)
+    k, v, blocks = _bits(k, v, blocks)
     out, lse = pl.pallas_call(
         functools.partial(_kernel, plan, length, choices),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -202,7 +204,9 @@ def _at_once(
             jax.ShapeDtypeStruct((count, length, rows, LANES), jnp.float32),
         ),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary")
+            dimension_semantics=("parallel", "parallel", "arbitrary"),
+            # Of named, last, q, k, v: how `_bits` are taken.
+            allow_input_fusion=[False, False, False, *(x.dtype == jnp.int16 for x in (k, v))],
         ),
         cost_estimate=pl.CostEstimate(
             flops=4 * count * length * choices * rows * plan.keys * dim,
@@ -265,10 +269,10 @@ def _kernel(
             visible = visible & (head == lax.rem(key, jnp.int32(plan.side_by_side)))
         # What is not seen might be NaN, and that times no mass is not 0.
         at_v = position(v_ref.shape, int(plan.keys_minor))
-        v = v_ref[...].astype(jnp.float32)
+        v = _widened(v_ref[...]).astype(jnp.float32)
         v = jnp.where((at_v >= first) & (at_v <= newest), v, 0.0).astype(plan.dtype)
 
-        k = k_ref[...].astype(plan.dtype)
+        k = _widened(k_ref[...]).astype(plan.dtype)
         scores = _dot(q_ref[...], k, INNER if plan.keys_minor else LAST) * plan.scale
         if plan.soft_cap is not None:
             scores = plan.soft_cap * jnp.tanh(scores / plan.soft_cap)
@@ -288,6 +292,37 @@ def _kernel(
         sums = jnp.where(total[...] == 0, 1.0, total[...])  # sees nothing: zeros
         out_ref[...] = (acc[...] / _wide(sums, acc.shape[1])).astype(out_ref.dtype)
         lse_ref[...] = top[...] + jnp.log(sums)
+
+
+def _bits(k: jax.Array, v: jax.Array, blocks: jax.Array) -> tuple[jax.Array, ...]:
+    """Keys and values as a kernel can read them, where it lets this be fused into it: float16 as int16.
+
+    Else XLA copies them all, so it must not move it away from the kernel: neither before reshapes, into
+    which nothing is fused, nor out of a loop. It moves nothing over a barrier, and no barrier out of a
+    loop that passes something of each turn, such as the blocks.
+    """
+    if jnp.float16 not in (k.dtype, v.dtype):
+        return k, v, blocks
+    k, v, blocks = lax.optimization_barrier((k, v, blocks))
+    k, v = (lax.bitcast_convert_type(x, jnp.int16) if x.dtype == jnp.float16 else x for x in (k, v))
+    return k, v, blocks
+
+
+def _widened(x: jax.Array) -> jax.Array:
+    """In a kernel: float32 of `_bits` of float16, exactly; others as they are.
+
+    Infinities and NaN become large numbers. There are none in what is seen: keys and values are
+    clipped to the largest float16 when they are rounded.
+    """
+    if x.dtype != jnp.int16:
+        return x
+    bits = x.astype(jnp.int32)
+    size = bits & 0x7FFF
+    # Exponents count from -15 instead of -127. What has none is not made as a subnormal float32, which
+    # TPUs take for 0.
+    normal = lax.bitcast_convert_type((size << 13) + (112 << 23), jnp.float32)
+    value = jnp.where(size < 0x400, size.astype(jnp.float32) * 2.0**-24, normal)
+    return jnp.where(bits < 0, -value, value)
 
 
 def _entry(
