@@ -79,7 +79,9 @@ def test_imports_go_downwards(path: Path) -> None:
 @pytest.mark.parametrize("folder", ["gemtool", "tests", "bench", "examples", "man"])
 def test_no_file_is_longer_than_600_lines(folder: str) -> None:
     for path in (PACKAGE.parent / folder).rglob("*"):
-        ours = path.suffix in (".py", ".toml", ".txt", ".md", ".in", ".sh") or path.name == "Makefile"
+        ours = (
+            path.suffix in (".py", ".toml", ".txt", ".md", ".in", ".sh") or path.name == "Makefile"
+        )
         if ours and path.is_file() and "build" not in path.parts:
             assert path.read_bytes().count(b"\n") <= 600, path
 
