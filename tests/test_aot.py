@@ -4,6 +4,7 @@ compiler itself is tested where it is installed (test_tpu.py)."""
 from __future__ import annotations
 
 import importlib.util
+import re
 from typing import Any
 
 import jax
@@ -18,6 +19,7 @@ from gemtool.aot.programs import Program, inference_mesh, training_mesh
 from gemtool.aot.report import _says, compile_program, table
 from gemtool.aot.topology import CHIPS, Topology, parse_topology
 from gemtool.errors import GemtoolError, UsageError
+from gemtool.kernels.attention.pallas_tpu import PIECE, attention_pallas_tpu
 from gemtool.kernels.dispatch import counted_turns
 from gemtool.model.config import load_preset
 from gemtool.train.objectives import CHUNK, next_token_loss
@@ -82,6 +84,22 @@ def test_scoring_counts_as_if_all_positions_were() -> None:
     for function, products in ((loss, 1), (jax.grad(loss, (0, 1)), 3)):
         found = analysed(function, params, hidden)
         assert (found.unknown_loops, found.flops) == (0, products * scores)
+
+
+def test_attention_by_pieces_counts_as_of_a_full_buffer() -> None:
+    q = jax.ShapeDtypeStruct((1, 16, 2, 64), np.float32)
+    k = jax.ShapeDtypeStruct((1, 3 * PIECE + 1, 1, 64), np.float16)  # converted, so copied
+    absent = dict.fromkeys(("q_segments", "kv_segments", "sink", "soft_cap"))
+
+    def attend(q: jax.Array, k: jax.Array, start: jax.Array, window: int | None) -> Any:
+        at = {"q_start": start, "kv_length": start + 16}
+        options = {"scale": 1.0, "causal": True, "window": window}
+        return attention_pallas_tpu(q, k, k, **options, **at, **absent)
+
+    for window, pieces in ((None, 4), (64, 2), (PIECE + 1, 3), (3 * PIECE, 4)):
+        text = jax.jit(attend, static_argnums=3).lower(q, k, jnp.int32(9), window)
+        named = re.findall(r"counted_(\d+)/while", text.as_text(debug_info=True))
+        assert set(named) == {str(pieces)}, window
 
 
 def test_of_branches_the_longest_counts() -> None:
@@ -374,10 +392,10 @@ def test_a_program_that_the_compiler_refuses(message: str, total: str) -> None:
     [
         (
             "RESOURCE_EXHAUSTED: E1001: CompileTimeScopedVmemOom:\nRan out of memory in memory space "
-            "vmem while allocating on stack for %gmm.1 = f32[16384,512]{1,0:T(8,128)} custom-call(%hbm), "
+            "vmem while allocating on stack for %gmm.1 = f32[16384,512]{1,0} custom-call(%hbm), "
             'custom_call_target="tpu_custom_call". Scoped allocation with size 18.00M and limit 16.00M '
-            "exceeded scoped vmem limit by 2.00M. It should not be possible to run out of scoped vmem - "
-            "\nSee https://openxla.org/xla/errors/error_1001 for more details.",
+            "exceeded scoped vmem limit by 2.00M. It should not be possible to run out of scoped "
+            "vmem - \nSee https://openxla.org/xla/errors/error_1001 for more details.",
             "for memory of a core (vmem), not for that of a chip: Ran out of memory in memory space "
             "vmem while allocating on stack for %gmm.1; Scoped allocation with size 18.00M and limit "
             "16.00M exceeded scoped vmem limit by 2.00M; if it is one of our kernels, "
@@ -397,13 +415,18 @@ def test_a_program_that_the_compiler_refuses(message: str, total: str) -> None:
         ),
         (
             "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space "
+            "vmem. Used 256.00M of 128.00M vmem. Exceeded vmem capacity by 128.00M.",
+            "for memory of a core (vmem), not for that of a chip: XLA:TPU compile permanent error.",
+        ),
+        (
+            "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space "
             "smem. Used 1.01M of 1.00M smem. Exceeded smem capacity by 1.7K.",
             "for memory of a core (smem), not for that of a chip: XLA:TPU compile permanent error.",
         ),
         ("RESOURCE_EXHAUSTED: too many threads", "for v5e:2x2: too many threads"),
         ("RESOURCE_EXHAUSTED: ", "for v5e:2x2: it does not say why"),
     ],
-    ids=["stack", "scratch", "scoped", "scalars", "threads", "silent"],
+    ids=["stack", "scratch", "scoped", "used", "scalars", "threads", "silent"],
 )
 def test_a_refusal_for_something_else_is_an_error(message: str, said: str) -> None:
     """Nor is it told to take more chips."""

@@ -74,6 +74,17 @@ def test_training_fits(gemtool: Command, model: str, length: str, topology: str)
     assert "all-to-all" not in row["collectives"] or "expert=" in row["mesh"]
 
 
+@pytest.mark.slow
+def test_experts_are_counted_as_chosen_evenly(gemtool: Command) -> None:
+    """Further rounds of rows between devices come where they are not: a loop that data ends."""
+    row = compiled(
+        gemtool, "train", "nano", "v5e:2x2", "--length", "1k", "--mesh", "data=2,expert=2"
+    )
+    assert row["unknown_loops"] == 0
+    assert row["kernels"]["gmm"] == 27  # of three matrices in three layers, thrice with --remat
+    assert row["needed_flops"] < row["flops"] < 3 * row["needed_flops"]
+
+
 @pytest.mark.parametrize("verb", ["prefill", "decode"])
 @pytest.mark.parametrize(
     ("model", "topology"),
@@ -145,9 +156,14 @@ def test_a_chip_is_one_device(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("rows", "words"), [(2048, "Scoped allocation with size 64.00M"), (8192, "would exceed memory")]
+    ("shape", "words"),
+    [
+        ((2048, 4096), "Scoped allocation with size 64.00M"),
+        ((8192, 4096), "Used 256.00M of 128.00M vmem"),
+        ((8192, 8192), "would exceed memory"),
+    ],
 )
-def test_kernels_that_need_too_much_of_a_core(rows: int, words: str) -> None:
+def test_kernels_that_need_too_much_of_a_core(shape: tuple[int, int], words: str) -> None:
     """They are refused in the words that gemtool knows; so much fits the memory of a chip."""
     import jax
     from jax.experimental import pallas as pl
@@ -164,7 +180,7 @@ def test_kernels_that_need_too_much_of_a_core(rows: int, words: str) -> None:
     prepare_process()
     topology = open_topology("v5e:2x2")
     where = jax.sharding.SingleDeviceSharding(topology.devices[0])
-    x = jax.ShapeDtypeStruct((rows, 4096), np.float32, sharding=where)
+    x = jax.ShapeDtypeStruct(shape, np.float32, sharding=where)
     call = pl.pallas_call(
         double,
         out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype),
@@ -175,7 +191,6 @@ def test_kernels_that_need_too_much_of_a_core(rows: int, words: str) -> None:
         compile_program(Program("train step", jax.jit(call).lower(x), 1, 1.0), topology)
     assert words in str(problem.value)
     assert "memory of a core (vmem)" in str(problem.value)
-    assert "double.1" in str(problem.value)
 
 
 def test_slices_that_do_not_exist(gemtool: Command) -> None:
