@@ -76,13 +76,13 @@ def test_scoring_counts_as_if_all_positions_were() -> None:
     hidden, weights = jnp.ones((2, 2 * CHUNK, config.d_model)), jnp.ones((2, 2 * CHUNK))
     ids = jnp.zeros(weights.shape, jnp.int32)
 
-    def loss(params: Any, hidden: jax.Array) -> jax.Array:
+    def loss(params: Any, hidden: jax.Array, weights: jax.Array) -> jax.Array:
         return next_token_loss(params, config, hidden, ids, weights)
 
     params = {"embedding": table, "unembedding": table}
     scores = 2 * 4 * CHUNK * table.size
     for function, products in ((loss, 1), (jax.grad(loss, (0, 1)), 3)):
-        found = analysed(function, params, hidden)
+        found = analysed(function, params, hidden, weights)
         assert (found.unknown_loops, found.flops) == (0, products * scores)
 
 
