@@ -4,6 +4,7 @@ compiler itself is tested where it is installed (test_tpu.py)."""
 from __future__ import annotations
 
 import importlib.util
+import re
 from typing import Any
 
 import jax
@@ -14,11 +15,14 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gemtool.aot import hlo
-from gemtool.aot.programs import inference_mesh, training_mesh
-from gemtool.aot.report import _refused, _says, table
+from gemtool.aot.programs import Program, inference_mesh, training_mesh
+from gemtool.aot.report import _says, compile_program, table
 from gemtool.aot.topology import CHIPS, Topology, parse_topology
-from gemtool.errors import UsageError
+from gemtool.errors import GemtoolError, UsageError
+from gemtool.kernels.attention.pallas_tpu import PIECE, attention_pallas_tpu
+from gemtool.kernels.dispatch import counted_turns
 from gemtool.model.config import load_preset
+from gemtool.train.objectives import CHUNK, next_token_loss
 from tests.conftest import Command
 
 
@@ -53,6 +57,49 @@ def test_loops_of_unknown_length_count_once_and_are_told() -> None:
     )
     assert found.unknown_loops == 1
     assert found.flops == 2 * 16**3
+
+
+@pytest.mark.parametrize("turns", [0, 5])
+def test_loops_that_data_ends_count_as_their_scope_tells(turns: int) -> None:
+    def run(x: jax.Array, n: jax.Array) -> jax.Array:
+        with counted_turns(turns):
+            return jax.lax.fori_loop(0, n, lambda _, x: jnp.tanh(x @ x), x)
+
+    found = analysed(run, jnp.ones((16, 16)), jnp.int32(7))
+    assert (found.unknown_loops, found.flops) == (0, turns * 2 * 16**3)
+
+
+def test_scoring_counts_as_if_all_positions_were() -> None:
+    """Its loop ends with the last position that has a weight."""
+    config = load_preset("nano")
+    table = jnp.ones((config.vocab_size, config.d_model))
+    hidden, weights = jnp.ones((2, 2 * CHUNK, config.d_model)), jnp.ones((2, 2 * CHUNK))
+    ids = jnp.zeros(weights.shape, jnp.int32)
+
+    def loss(params: Any, hidden: jax.Array, weights: jax.Array) -> jax.Array:
+        return next_token_loss(params, config, hidden, ids, weights)
+
+    params = {"embedding": table, "unembedding": table}
+    scores = 2 * 4 * CHUNK * table.size
+    for function, products in ((loss, 1), (jax.grad(loss, (0, 1)), 3)):
+        found = analysed(function, params, hidden, weights)
+        assert (found.unknown_loops, found.flops) == (0, products * scores)
+
+
+def test_attention_by_pieces_counts_as_of_a_full_buffer() -> None:
+    q = jax.ShapeDtypeStruct((1, 16, 2, 64), np.float32)
+    k = jax.ShapeDtypeStruct((1, 3 * PIECE + 1, 1, 64), np.float16)  # converted, so copied
+    absent = dict.fromkeys(("q_segments", "kv_segments", "sink", "soft_cap"))
+
+    def attend(q: jax.Array, k: jax.Array, start: jax.Array, window: int | None) -> Any:
+        at = {"q_start": start, "kv_length": start + 16}
+        options = {"scale": 1.0, "causal": True, "window": window}
+        return attention_pallas_tpu(q, k, k, **options, **at, **absent)
+
+    for window, pieces in ((None, 4), (64, 2), (PIECE + 1, 3), (3 * PIECE, 4)):
+        text = jax.jit(attend, static_argnums=3).lower(q, k, jnp.int32(9), window)
+        named = re.findall(r"counted_(\d+)/while", text.as_text(debug_info=True))
+        assert set(named) == {str(pieces)}, window
 
 
 def test_of_branches_the_longest_counts() -> None:
@@ -118,6 +165,9 @@ backend_config={"custom_call_config":{"body":"x","cost_estimate":{"flops":"77","
 """
     found = hlo.analyse(text)
     assert (found.flops, found.bytes, found.kernels) == (77, 500, {"gmm": 1})
+    assert (found.kernel_flops, found.silent) == (77, set())
+    found = hlo.analyse(text.replace("cost_estimate", "estimate"))
+    assert (found.flops, found.kernels, found.silent) == (0, {"gmm": 1}, {"gmm"})
 
 
 SHAPE = (8, 64)
@@ -224,7 +274,8 @@ FITS = {
         "arguments": 20 * 2**30, "outputs": 0, "temporaries": 10 * 2**30, "program": 0,
         "total": 30 * 2**30, "capacity": 95 * 2**30,
     },
-    "flops": 2e14, "needed_flops": 1e14, "bytes": 2**30, "kernels": {"gmm": 3},
+    "flops": 2e14, "kernel_flops": 5e13, "needed_flops": 1e14, "bytes": 2**30, "kernels": {"gmm": 3},
+    "silent_kernels": [], "unknown_loops": 0,
     "collectives": {"all-gather": {"count": 5, "bytes": 2**20}}, "tokens_per_s": 1234.5,
     "seconds": {"compute": 0.5, "memory": 0.02, "links": 3e-6, "step": 0.5}, "dominates": "compute",
 }  # fmt: skip
@@ -243,26 +294,154 @@ def test_a_program_that_fits() -> None:
         "20.00 GiB",
         "5, 1.0 MiB sent",
         "gmm",
-        "1,23",
+        "at most 1,23",
+        "2e+14",
+        "5e+13",
+        "1e+14",
         said,
     ):
         assert part in shown
 
 
-def test_a_program_that_the_compiler_refuses() -> None:
-    message = (
-        "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries "
-        "(36.58G) exceeds available HBM (15.75G).\nmore"
+def test_what_is_not_counted_is_said() -> None:
+    said = _says({**FITS, "unknown_loops": 2, "silent_kernels": ["gmm"]}, 95 * 2**30)
+    assert said.endswith(
+        " That is a lower bound: 2 loops whose length depends on data count once. Operations of gmm "
+        "are not known."
     )
-    topology = Topology("v5e:2x2", CHIPS["v5e"], ())
-    row = _refused(message, topology, 1.0)
+    once = {**FITS, "unknown_loops": 1}
+    assert "1 loop whose length depends on data counts once." in _says(once, 95 * 2**30)
+    shown = table({**once, "says": said}).splitlines()
+    assert any(line.split() == ["loops", "counted", "once", "1"] for line in shown)
+    assert "counted once" not in table({**FITS, "says": ""})
+
+
+def test_a_program_that_is_too_large_also_has_times() -> None:
+    said = _says({**FITS, "fits": False}, 20 * 2**30)
+    assert said.startswith("It does not fit: it takes 30.0 of 20.0 GiB of memory a chip. Take more")
+    assert said.endswith(
+        " At best a step would take 500 ms, which arithmetic dominates (reading and writing memory "
+        "20 ms, sending 3 us)."
+    )
+
+
+FOUR_CHIPS = Topology("v5e:2x2", CHIPS["v5e"], tuple(range(4)))
+
+
+def test_operations_are_those_of_the_program() -> None:
+    """Also where these are fewer than what is needed, which then takes the time."""
+    x = jnp.ones((16, 16))
+    lowered = jax.jit(lambda x: x @ x).lower(x)
+    for needed in (4e3, 4e12):
+        row = compile_program(Program("train step", lowered, 1, needed), FOUR_CHIPS)
+        assert (row["flops"], row["kernel_flops"]) == (2 * 16**3, 0)
+        assert row["needed_flops"] == needed / 4
+        assert row["seconds"]["compute"] == max(2 * 16**3, needed / 4) / 197e12
+        assert row["fits"]
+
+
+class Refused:
+    """A lowered program that the compiler refuses."""
+
+    def __init__(self, message: str) -> None:
+        self.message = message
+
+    def compile(self) -> Any:
+        raise jax.errors.JaxRuntimeError(self.message)
+
+
+def refused(message: str) -> dict[str, Any]:
+    return compile_program(Program("train step", Refused(message), 1024, 4 * 197e10), FOUR_CHIPS)
+
+
+@pytest.mark.parametrize(
+    ("message", "total"),
+    [
+        (
+            "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
+            "temporaries (36.58G) exceeds available HBM (15.75G).\nmore vmem",
+            "36.6 of",
+        ),
+        (
+            "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom:\nXLA:TPU compile permanent error. Ran out "
+            "of memory in memory space hbm. Used 35.83G of 15.75G hbm. Exceeded hbm capacity by "
+            "20.08G.\n\nProgram hbm requirement 35G:\n    scoped   4.56M",
+            "35.8 of",
+        ),
+        ("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm", "more than"),
+    ],
+    ids=["temporaries", "used", "vague"],
+)
+def test_a_program_that_the_compiler_refuses(message: str, total: str) -> None:
+    row = refused(message)
     assert row["fits"] is False
-    assert row["hbm"]["total"] == int(36.58 * 2**30)
-    assert row["says"].startswith("It does not fit: it takes 36.6 of 15.8 GiB of memory a chip.")
+    assert row["hbm"]["capacity"] == int(15.75 * 2**30)
+    within = f"It does not fit: it takes {total} 15.8 GiB of memory a chip. Take more chips"
+    assert row["says"].startswith(within)
+    # No figures of the program are known, but what it has to compute.
+    assert row["needed_flops"] == 197e10
+    assert row["seconds"] == {"compute": 0.01}
+    assert row["says"].endswith(" The arithmetic that a step needs takes 10 ms at least.")
     assert "Ran out of memory" in row["reason"]
     assert "\n" not in row["reason"]
-    vague = _refused("RESOURCE_EXHAUSTED: no", topology, 1.0)
-    assert "takes more than 15.8 GiB" in vague["says"]
+    assert "1.97e+12" in table({**row, "model": "nano", "mesh": "data=4"})
+
+
+@pytest.mark.parametrize(
+    ("message", "said"),
+    [
+        (
+            "RESOURCE_EXHAUSTED: E1001: CompileTimeScopedVmemOom:\nRan out of memory in memory space "
+            "vmem while allocating on stack for %gmm.1 = f32[16384,512]{1,0} custom-call(%hbm), "
+            'custom_call_target="tpu_custom_call". Scoped allocation with size 18.00M and limit 16.00M '
+            "exceeded scoped vmem limit by 2.00M. It should not be possible to run out of scoped "
+            "vmem - \nSee https://openxla.org/xla/errors/error_1001 for more details.",
+            "for memory of a core (vmem), not for that of a chip: Ran out of memory in memory space "
+            "vmem while allocating on stack for %gmm.1; Scoped allocation with size 18.00M and limit "
+            "16.00M exceeded scoped vmem limit by 2.00M; if it is one of our kernels, "
+            "--kernels xla does without",
+        ),
+        (
+            "RESOURCE_EXHAUSTED: Allocation (size=268435456) would exceed memory (size=134217728) :: "
+            "#allocation2 [shape = 'f32[8192,8192]{1,0:T(8,128)}', space=vmem, size = 0x10000000, "
+            "scoped, tag = 'scratch operand'] :: gmm.1",
+            "for memory of a core (vmem), not for that of a chip: Allocation (size=268435456) would "
+            "exceed memory (size=134217728) :: gmm.1; if it is",
+        ),
+        (
+            "INTERNAL: Scoped allocation with size 18.00M and limit 16.00M exceeded scoped vmem limit",
+            "(vmem), not for that of a chip: Scoped allocation with size 18.00M and limit 16.00M "
+            "exceeded scoped vmem limit; if it is one",
+        ),
+        (
+            "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space "
+            "vmem. Used 256.00M of 128.00M vmem. Exceeded vmem capacity by 128.00M.",
+            "for memory of a core (vmem), not for that of a chip: XLA:TPU compile permanent error.",
+        ),
+        (
+            "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space "
+            "smem. Used 1.01M of 1.00M smem. Exceeded smem capacity by 1.7K.",
+            "for memory of a core (smem), not for that of a chip: XLA:TPU compile permanent error.",
+        ),
+        ("RESOURCE_EXHAUSTED: too many threads", "for v5e:2x2: too many threads"),
+        ("RESOURCE_EXHAUSTED: ", "for v5e:2x2: it does not say why"),
+    ],
+    ids=["stack", "scratch", "scoped", "used", "scalars", "threads", "silent"],
+)
+def test_a_refusal_for_something_else_is_an_error(message: str, said: str) -> None:
+    """Nor is it told to take more chips."""
+    with pytest.raises(GemtoolError) as problem:
+        refused(message)
+    told = str(problem.value)
+    assert told.startswith("the TPU compiler refuses the train step for v5e:2x2")
+    assert said in told
+    assert "\n" not in told
+    assert "chips" not in told
+
+
+def test_another_failure_of_the_compiler_is_none_of_these() -> None:
+    with pytest.raises(jax.errors.JaxRuntimeError, match="a mistake"):
+        refused("INTERNAL: a mistake")
 
 
 def test_through_the_command(gemtool: Command) -> None:

@@ -1,8 +1,9 @@
 """What a compiled program does, read off its text: operations, bytes of memory, collectives.
 
 XLA's own cost analysis counts the body of a loop once. Here each computation counts as often as it is
-run, where the number of turns of a loop is written in the program; loops whose end depends on data
-count once and are reported. Custom kernels count as what they say of themselves, if they do.
+run, where the number of turns of a loop is written in the program, or the name of its scope tells
+it (`counted_8`); other loops whose end depends on data count once and are reported. Custom kernels
+count as what they say of themselves, if they do.
 
 The grammar is that of HLO text (https://openxla.org/xla/operation_semantics).
 """
@@ -105,8 +106,12 @@ class Analysis:
     collectives: dict[str, Collective] = field(default_factory=dict)
     kernels: Counter[str] = field(default_factory=Counter)
     """Custom kernels by name, how often they run."""
+    kernel_flops: float = 0.0
+    """What of `flops` kernels say of themselves."""
+    silent: set[str] = field(default_factory=set)
+    """Kernels that say nothing: their operations are not in `flops`."""
     unknown_loops: int = 0
-    """Loops whose turns are not in the program: they count once."""
+    """Loops whose turns the program does not tell: they count once."""
 
 
 def parse(text: str) -> tuple[dict[str, Computation], str]:
@@ -179,9 +184,12 @@ def _count(
         if opcode == "while":
             turns = _turns(computations, own, instruction)
             if turns is None:
+                turns = _named_turns(instruction)
+            if turns is None:
                 found.unknown_loops += 1
             body = instruction.attribute("body") or ""
-            _count(computations, body, times * (turns or 1), found, inside_fusion)
+            if turns != 0:
+                _count(computations, body, times * (turns or 1), found, inside_fusion)
         elif opcode == "conditional":
             _count_longest(computations, instruction, times, found, inside_fusion)
         else:
@@ -259,6 +267,12 @@ def _turns(computations: dict[str, Computation], own: Computation, loop: Instruc
     return None if start is None or stop is None else max(stop - start, 0)
 
 
+def _named_turns(loop: Instruction) -> int | None:
+    """Of a loop that data ends: the turns that those who wrote it named its scope for."""
+    named = re.search(r'op_name="[^"]*\bcounted_(\d+)\)*/while"', loop.rest)
+    return int(named[1]) if named else None
+
+
 def _at_first(condition: Computation, own: Computation, loop: Instruction, name: str) -> int | None:
     """A side of the comparison as the loop begins, where that is a constant. What a loop of a scan
     compares with is one, or a value of the carried tuple that was one and stays so."""
@@ -329,8 +343,14 @@ def _is_kernel(instruction: Instruction) -> bool:
 
 
 def _count_kernel(instruction: Instruction, times: float, found: Analysis) -> None:
-    found.kernels[instruction.name.split(".")[0]] += round(times)
-    found.flops += times * (_estimate(instruction, "flops") or 0)
+    name = instruction.name.split(".")[0]
+    found.kernels[name] += round(times)
+    told = _estimate(instruction, "flops")
+    if told is None:
+        found.silent.add(name)
+    else:
+        found.flops += times * told
+        found.kernel_flops += times * told
 
 
 def _estimate(instruction: Instruction, what: str) -> int | None:

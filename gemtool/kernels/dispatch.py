@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import jax
@@ -106,6 +106,11 @@ def deferred(module: str, name: str) -> Callable[..., Any]:
         return getattr(importlib.import_module(module), name)(*args, **kwargs)
 
     return call
+
+
+def counted_turns(turns: int) -> AbstractContextManager[None]:
+    """The scope of a loop that data ends: `gemtool.aot.hlo` counts it as so many turns."""
+    return jax.named_scope(f"counted_{turns}")
 
 
 def _known(implementations: Mapping[str, Callable[..., Any]]) -> str:

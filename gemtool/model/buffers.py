@@ -28,7 +28,7 @@ from jax.sharding import PartitionSpec
 
 from gemtool.kernels.attention import flash_attention, merge_attention, partial_attention
 from gemtool.kernels.blocks import block_attention, partial_block_attention
-from gemtool.kernels.dispatch import accumulator, target_platform
+from gemtool.kernels.dispatch import accumulator, counted_turns, target_platform
 from gemtool.model.mesh import (
     RULES,
     constrain,
@@ -107,7 +107,9 @@ def write_rows(buffer: jax.Array, rows: jax.Array, start: jax.Array) -> jax.Arra
 
         # A loop, over what is often no run at all, is what every compiler does in place.
         runs = share.runs(start, steps)
-        held = jax.lax.fori_loop(*runs, write, share.rows(buffer))
+        touched = (steps + share.run - 2) // share.run + 1
+        with counted_turns(-(-touched // share.devices)):
+            held = jax.lax.fori_loop(*runs, write, share.rows(buffer))
         return _reshaped(held, buffer.shape)
 
     return jax.shard_map(

@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from gemtool.kernels.dispatch import target_platform
+from gemtool.kernels.dispatch import counted_turns, target_platform
 from gemtool.kernels.experts import expert_mlp
 from gemtool.model.mesh import AXES, current_mesh, partition
 
@@ -272,7 +272,8 @@ def _further_rounds(
     def add(number: jax.Array, y: jax.Array) -> jax.Array:
         return y + _round(fixed, plan, number, rows, w)
 
-    return jax.lax.fori_loop(1, _rounds(fixed, plan), add, jnp.zeros_like(rows))
+    with counted_turns(0):
+        return jax.lax.fori_loop(1, _rounds(fixed, plan), add, jnp.zeros_like(rows))
 
 
 def _further_rounds_fwd(fixed: Fixed, *arrays: Any) -> tuple[jax.Array, Any]:
@@ -287,7 +288,8 @@ def _further_rounds_bwd(fixed: Fixed, saved: Any, d_y: jax.Array) -> tuple[Any, 
         return jax.tree.map(jnp.add, total, back(d_y))
 
     zeros = jax.tree.map(jnp.zeros_like, (rows, w))
-    return *jax.lax.fori_loop(1, _rounds(fixed, plan), add, zeros), None
+    with counted_turns(0):
+        return *jax.lax.fori_loop(1, _rounds(fixed, plan), add, zeros), None
 
 
 _further_rounds.defvjp(_further_rounds_fwd, _further_rounds_bwd)

@@ -12,7 +12,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from gemtool.kernels.dispatch import accumulator
+from gemtool.kernels.dispatch import accumulator, counted_turns
 from gemtool.model.config import ModelConfig
 from gemtool.model.params import Tree
 from gemtool.model.transformer import logits
@@ -78,7 +78,8 @@ def _loss(
         scores = _scores(fixed, table, hidden.at[here].get(mode="fill", fill_value=0))
         return total + _chunk_loss(fixed, scores, *_take(here, targets, weights))[0]
 
-    return jax.lax.fori_loop(0, count, body, jnp.zeros((), jnp.float32))
+    with counted_turns(rows.shape[0] // chunk):  # of all positions
+        return jax.lax.fori_loop(0, count, body, jnp.zeros((), jnp.float32))
 
 
 def _loss_and_gradients(
@@ -100,7 +101,8 @@ def _loss_and_gradients(
     # Added in float32, whatever is multiplied.
     d_table = jnp.zeros(table.shape, accumulator(table.dtype))
     start = (jnp.zeros((), jnp.float32), d_table, jnp.zeros_like(hidden))
-    total, d_table, d_hidden = jax.lax.fori_loop(0, count, body, start)
+    with counted_turns(rows.shape[0] // chunk):  # of all positions
+        total, d_table, d_hidden = jax.lax.fori_loop(0, count, body, start)
     return total, (d_table.astype(table.dtype), d_hidden)
 
 

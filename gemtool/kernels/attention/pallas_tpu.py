@@ -35,7 +35,7 @@ from gemtool.kernels.attention.merge import merge_attention
 from gemtool.kernels.attention.reference import NOTHING
 from gemtool.kernels.attention.tpu_blocks import LANES, Blocks, Inputs, visible_blocks
 from gemtool.kernels.attention.xla import Options, round_up
-from gemtool.kernels.dispatch import target_platform
+from gemtool.kernels.dispatch import counted_turns, target_platform
 
 # (rows, keys) of a block: a tile of scores is float32, and a few of them fit into the vector memory.
 FORWARD = (1024, 512)
@@ -185,7 +185,11 @@ def _by_pieces(
         return merge_attention([seen, part])
 
     nothing = jnp.zeros(q.shape, jnp.float32), jnp.full(q.shape[:3], NOTHING, jnp.float32)
-    return lax.fori_loop(first, (stop + PIECE - 1) // PIECE, visit, nothing)
+    pieces = -(-capacity // PIECE)
+    if options.window is not None:
+        pieces = min(pieces, (options.window + plan.length + PIECE - 3) // PIECE + 1)
+    with counted_turns(pieces):  # of a full buffer
+        return lax.fori_loop(first, (stop + PIECE - 1) // PIECE, visit, nothing)
 
 
 def _span(q_start: jax.Array, first: jax.Array | int, end: jax.Array) -> jax.Array:
