@@ -6,7 +6,8 @@ attention exists to avoid. Its packed layout wants a static bound on documents a
 statistics of each of them for each query, and is reachable through private modules of JAX only. It
 gives no gradient of the log-sum-exp (ring attention needs it), and no soft cap. Pallas' own
 `ops.gpu.attention` knows documents, but no windows, grouped heads or sinks, and visits every block
-before the diagonal, whatever documents there are.
+before the diagonal, whatever documents there are. tokamax (0.0.12) returns no log-sum-exp, is told of
+documents by a mask [B, N, T, S] in all of its public interface, and has no gradient of the soft cap.
 
 Here, XLA first works out from segments, causality and window which range of key blocks each block
 of queries can see (int32 pairs, one a block), and the kernels walk over these ranges only. Three
