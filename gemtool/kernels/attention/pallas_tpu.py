@@ -1,10 +1,10 @@
 """FlashAttention (arXiv 2205.14135, 2307.08691) for TPUs, in Pallas.
 
 JAX's own splash attention, which is tokamax's too, wants its mask while tracing, keeps a table of all
-pairs of blocks in scalar memory and gives no gradient of the log of the denominator. Here a position is a number that
-arrives with the call, so that one kernel serves training, prefill and decode over a buffer of a
-million keys: `visible_blocks` says which blocks of keys a block of queries can see, and the grid is
-as long as the longest run of them. Other blocks are neither fetched nor computed.
+pairs of blocks in scalar memory and gives no gradient of the log of the denominator. Here a position
+is a number that arrives with the call, so that one kernel serves training, prefill and decode over a
+buffer of a million keys: `visible_blocks` says which blocks of keys a block of queries can see, and
+the grid is as long as the longest run of them. Other blocks are neither fetched nor computed.
 
 Inside a block, rows are the queries of one key head: R = G * (queries in the block), G = H / KV,
 query by query. Keys lie in one of three ways (`Layout`), whichever needs no copy:

@@ -3,8 +3,8 @@ Triton compiles.
 
 Why not `jax.lax.ragged_dot`: for NVIDIA's GPUs XLA (of jaxlib 0.10) expands it to one dense product
 with E copies of the rows, masked, unless an experimental flag is set; even then so for the gradient
-of the weights. That is E / K times the work, and the memory. tokamax (0.0.12) has a `ragged_dot` that would do,
-and with it ten more packages, one of them pinned to a version of 2022.
+of the weights. That is E / K times the work, and the memory. tokamax (0.0.12) has a `ragged_dot` that
+would do, and with it ten more packages, one of them pinned to a version of 2021.
 
 Rows (token, choice) are put in order of their experts, each expert's beginning at a whole tile, so
 that a tile of rows has one expert and rows that fill up a tile are zero. Then two kernels do: rows
