@@ -170,6 +170,34 @@ backend_config={"custom_call_config":{"body":"x","cost_estimate":{"flops":"77","
     assert (found.flops, found.kernels, found.silent) == (0, {"gmm": 1}, {"gmm"})
 
 
+def test_kernels_count_alike_with_what_is_fused_into_them() -> None:
+    text = """HloModule m
+
+%bits (p: x) -> y {
+  %p = f16[1048576,128]{1,0} parameter(0)
+  ROOT %b = s16[1048576,128]{1,0} bitcast-convert(%p)
+}
+
+%fused (q: x) -> y {
+  %q = f16[1048576,128]{1,0} parameter(0)
+  %f = s16[1048576,128]{1,0} fusion(%q), kind=kLoop, calls=%bits
+  ROOT %block_attention.5 = f32[64,64]{1,0} custom-call(%f), custom_call_target="tpu_custom_call", \
+backend_config={"custom_call_config": {"body": "x", "cost_estimate": {
+"bytes_accessed":500,
+"flops":77,
+"transcendentals":0
+}, "serialization_format": 1, "allow_input_fusion": [true]}}
+}
+
+ENTRY %main (a: x) -> y {
+  %a = f16[1048576,128]{1,0} parameter(0)
+  ROOT %c = f32[64,64]{1,0} fusion(%a), kind=kCustom, calls=%fused
+}
+"""
+    found = hlo.analyse(text)
+    assert (found.flops, found.bytes, found.kernels) == (77, 500, {"block_attention": 1})
+
+
 SHAPE = (8, 64)
 
 

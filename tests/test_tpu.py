@@ -104,9 +104,11 @@ def test_inference_fits(gemtool: Command, verb: str, model: str, topology: str) 
     row = compiled(gemtool, verb, model, topology, "--length", "1M")
     assert row["fits"], row["says"]
     assert "forward_attention" in row["kernels"]
-    if model in EXPERTS:
+    # Prefill of pro ends with keys and values of its one global layer: the layers behind keep none.
+    whole = (verb, model) != ("prefill", "pro")
+    if model in EXPERTS and whole:
         assert row["kernels"]["gmm"] > 0
-    if model in INDEXED:
+    if model in INDEXED and whole:
         assert row["kernels"]["block_attention"] > 0
     # Keys and values of a million positions are never sent: a step's own rows are.
     assert row["unknown_loops"] == 0

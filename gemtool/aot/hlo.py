@@ -118,6 +118,8 @@ def parse(text: str) -> tuple[dict[str, Computation], str]:
     """The computations of a module by name, and the name of its entry."""
     computations: dict[str, Computation] = {}
     current, entry = None, ""
+    # What a kernel that is part of a fusion tells of itself goes over several lines.
+    text = re.sub(r'\n(?="|\}, "|\}\})', "", text)
     for line in text.splitlines():
         if line.endswith("{") and (head := re.match(r"(ENTRY )?%?([\w.\-]+) \(", line)):
             current = computations[head[2]] = Computation()
@@ -355,7 +357,7 @@ def _count_kernel(instruction: Instruction, times: float, found: Analysis) -> No
 
 def _estimate(instruction: Instruction, what: str) -> int | None:
     """What a custom kernel says of itself: "flops" or "bytes_accessed"."""
-    told = re.search(rf'"cost_estimate":\{{[^}}]*"{what}":"?(\d+)', instruction.rest)
+    told = re.search(rf'"cost_estimate": ?\{{[^}}]*"{what}":"?(\d+)', instruction.rest)
     return int(told[1]) if told else None
 
 
@@ -403,6 +405,10 @@ def _traffic(
         return 2.0 * (read[1] if opcode == "dynamic-update-slice" else read[-1])
     if opcode == "fusion":
         inner = computations.get(instruction.attribute("calls") or "", Computation())
+        for kernel in filter(_is_kernel, inner.instructions.values()):
+            # The rest is what happens to its operands as it reads them.
+            if (told := _estimate(kernel, "bytes_accessed")) is not None:
+                return float(told)
         used = _read_by_fusion(inner)
         read = [min(size, used.get(number, size)) for number, size in enumerate(read)]
         root = inner.instructions.get(inner.root)
