@@ -170,6 +170,65 @@ backend_config={"custom_call_config":{"body":"x","cost_estimate":{"flops":"77","
     assert (found.flops, found.kernels, found.silent) == (0, {"gmm": 1}, {"gmm"})
 
 
+@pytest.mark.parametrize("both", [False, True])
+def test_a_slice_that_is_written_counts_as_a_slice(both: bool) -> None:
+    """Not as the buffer that it is a slice of, also where a fusion writes into several."""
+    array = "f32[1000,8]{1,0}"
+    result = f"({array}, {array})" if both else array
+    text = f"""HloModule m
+
+fused (a: f32[1000,8], b: f32[1000,8], x: f32[1,8], i: s32[]) -> {result} {{
+  %a = {array} parameter(0)
+  %b = {array} parameter(1)
+  %x = f32[1,8]{{1,0}} parameter(2)
+  %i = s32[] parameter(3)
+  %zero = s32[] constant(0)
+  %u = {array} dynamic-update-slice(%a, %x, %i, %zero)
+  {"" if both else "ROOT "}%renamed = {array} bitcast(%u)
+  %w = {array} dynamic-update-slice(%b, %x, %i, %zero)
+  {"ROOT " if both else ""}%t = ({array}, {array}) tuple(%renamed, %w)
+}}
+
+ENTRY main (a: f32[1000,8], b: f32[1000,8], x: f32[1,8], i: s32[]) -> {result} {{
+  %a = {array} parameter(0)
+  %b = {array} parameter(1)
+  %x = f32[1,8]{{1,0}} parameter(2)
+  %i = s32[] parameter(3)
+  ROOT %f = {result} fusion(%a, %b, %x, %i), kind=kLoop, calls=fused
+}}
+"""
+    whole = 4 * 1000 * 8
+    slices = 2 * 32 * (2 if both else 1)
+    # Of a fusion that gives one result, whatever else it names counts as read.
+    assert hlo.analyse(text).bytes == slices + 32 + 4 + (0 if both else whole)
+
+
+def test_a_slice_that_a_fusion_within_reads_counts_as_a_slice() -> None:
+    text = """HloModule m
+
+inner (p: f32[1000,8], i: s32[]) -> f32[1,8] {
+  %p = f32[1000,8]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  ROOT %s = f32[1,8]{1,0} dynamic-slice(%p, %i, %zero), dynamic_slice_sizes={1,8}
+}
+
+outer (q: f32[1000,8], j: s32[]) -> f32[1,8] {
+  %q = f32[1000,8]{1,0} parameter(0)
+  %j = s32[] parameter(1)
+  %f = f32[1,8]{1,0} fusion(%q, %j), kind=kLoop, calls=inner
+  ROOT %n = f32[1,8]{1,0} negate(%f)
+}
+
+ENTRY main (a: f32[1000,8], k: s32[]) -> f32[1,8] {
+  %a = f32[1000,8]{1,0} parameter(0)
+  %k = s32[] parameter(1)
+  ROOT %c = f32[1,8]{1,0} fusion(%a, %k), kind=kOutput, calls=outer
+}
+"""
+    assert hlo.analyse(text).bytes == 32 + 32 + 4
+
+
 def test_kernels_count_alike_with_what_is_fused_into_them() -> None:
     text = """HloModule m
 

@@ -409,30 +409,54 @@ def _traffic(
             # The rest is what happens to its operands as it reads them.
             if (told := _estimate(kernel, "bytes_accessed")) is not None:
                 return float(told)
-        used = _read_by_fusion(inner)
+        used = _read_by_fusion(computations, inner)
         read = [min(size, used.get(number, size)) for number, size in enumerate(read)]
-        root = inner.instructions.get(inner.root)
-        if root is not None and root.opcode == "dynamic-update-slice":
-            update = inner.instructions[root.operands[1]].arrays[0].bytes
-            read = [0 if size == written else size for size in read]
-            written = min(written, 2 * update)
+        for array, (target, update) in _updated_in_place(inner, instruction):
+            if not array.on_chip:
+                written += min(0, 2 * update - array.bytes)
+            if target is not None and target not in used:
+                read[target] = 0
     return float(written + sum(read))
 
 
-def _read_by_fusion(inner: Computation) -> dict[int, int]:
-    """Bytes that are read of those parameters of which only slices are."""
+def _updated_in_place(
+    inner: Computation, fusion: Instruction
+) -> Iterator[tuple[Array, tuple[int | None, int]]]:
+    """Those results of a fusion that are one of its operands with a slice of it written anew: the
+    result, the number of that operand where it is told, and bytes of the slice."""
+
+    def unnamed(name: str) -> Instruction:
+        found = inner.instructions[name]
+        return unnamed(found.operands[0]) if found.opcode == "bitcast" else found
+
+    root = inner.instructions.get(inner.root)
+    if root is None:
+        return
+    results = root.operands if root.opcode == "tuple" else (root.name,)
+    for array, result in zip(fusion.arrays, map(unnamed, results), strict=False):
+        if result.opcode == "dynamic-update-slice":
+            target = unnamed(result.operands[0])
+            number = int(target.literal) if target.opcode == "parameter" else None
+            yield array, (number, inner.instructions[result.operands[1]].arrays[0].bytes)
+
+
+def _read_by_fusion(computations: dict[str, Computation], inner: Computation) -> dict[int, int]:
+    """Bytes that are read of those parameters of which only slices are, also by fusions within."""
     sliced: dict[int, int] = {}
     numbers = {
         i.name: int(i.literal) for i in inner.instructions.values() if i.opcode == "parameter"
     }
     whole = set()
     for instruction in inner.instructions.values():
+        read: dict[int, int] = {}
+        if instruction.opcode in ("dynamic-slice", "slice", "gather"):
+            read[0] = sum(array.bytes for array in instruction.arrays)
+        elif instruction.opcode == "fusion":
+            called = computations.get(instruction.attribute("calls") or "", Computation())
+            read = _read_by_fusion(computations, called)
         for position, name in enumerate(instruction.operands):
-            if name not in numbers:
-                continue
-            if instruction.opcode in ("dynamic-slice", "slice", "gather") and position == 0:
-                size = sum(array.bytes for array in instruction.arrays)
-                sliced[numbers[name]] = sliced.get(numbers[name], 0) + size
-            else:
+            if name in numbers and position in read:
+                sliced[numbers[name]] = sliced.get(numbers[name], 0) + read[position]
+            elif name in numbers:
                 whole.add(numbers[name])
     return {number: size for number, size in sliced.items() if number not in whole}

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from gemtool.kernels.dispatch import accumulator
+from gemtool.kernels.dispatch import accumulator, counted_turns
 
 RUN = 64
 # Queries of a group, at most: each group reads all landmarks once.
@@ -140,13 +140,15 @@ def _choose(
                 return score(landmarks, tile * plan.tile, tile, kept)
 
             last = jnp.minimum(needed, whole)
-            kept = lax.fori_loop(jnp.int32(0), last, whole_tile, kept)
+            with counted_turns(whole):  # of a full buffer
+                kept = lax.fori_loop(jnp.int32(0), last, whole_tile, kept)
         if whole < plan.tiles:
 
             def last_tile(tile: jax.Array, kept: Any) -> Any:
                 return score(tail, jnp.int32(0), tile, kept)
 
-            kept = lax.fori_loop(jnp.int32(whole), needed, last_tile, kept)
+            with counted_turns(plan.tiles - whole):
+                kept = lax.fori_loop(jnp.int32(whole), needed, last_tile, kept)
         return kept, _best(plan, *kept, allowed, width[i], most)
 
     # Carried from group to group, so that it is not cleared for each: what is beyond a group's
@@ -186,7 +188,8 @@ def last_scores(u: jax.Array, landmarks: jax.Array, count: jax.Array) -> jax.Arr
         return lax.dynamic_update_slice_in_dim(scores, best, first, 1)
 
     tiles = (jnp.minimum(count, exist) + tile - 1) // tile
-    return lax.fori_loop(jnp.int32(0), tiles, of_tile, jnp.zeros((forks, exist), dtype))
+    with counted_turns(-(-exist // tile)):  # of a full buffer
+        return lax.fori_loop(jnp.int32(0), tiles, of_tile, jnp.zeros((forks, exist), dtype))
 
 
 def _best(
