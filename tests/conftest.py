@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import io
 import os
@@ -53,6 +54,19 @@ def released_programs() -> Iterator[None]:
 
         jax.clear_caches()
         gc.collect()
+
+
+@contextlib.contextmanager
+def quickly_compiled() -> Iterator[None]:
+    """What is compiled within it is hardly optimised: for programs that run a few times."""
+    import jax
+
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture

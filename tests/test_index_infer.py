@@ -8,7 +8,6 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 
@@ -22,7 +21,7 @@ from gemtool.infer.sequence import Sequence
 from gemtool.model.config import ModelConfig
 from gemtool.model.kinds import IndexConfig
 from gemtool.stream.context import BLOCK, open_contexts
-from tests.conftest import Command, Verb
+from tests.conftest import Command, Verb, quickly_compiled
 from tests.test_compile_once import programs
 from tests.test_prefill_decode import make_engine, spans_file, text_document, text_tokens, tiny
 
@@ -46,11 +45,9 @@ def indexed(vocab_size: int, **changes: int) -> ModelConfig:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quickly_compiled() -> Iterator[None]:
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+def hardly_optimised() -> Iterator[None]:
+    with quickly_compiled():
+        yield
 
 
 @pytest.fixture(scope="module")

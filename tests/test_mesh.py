@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import re
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -35,6 +33,7 @@ from gemtool.train.objectives import next_token_loss
 from gemtool.train.optimizer import make_optimizer
 from gemtool.train.placement import place_batches, state_shardings
 from gemtool.train.step import init_state, make_train_step, stack
+from tests.conftest import quickly_compiled
 
 # float32 keys and values: rounding them to float16 would turn other orders of summation into steps.
 CONFIG = ModelConfig.from_dict(
@@ -155,14 +154,6 @@ def test_what_each_device_adds_is_added_once() -> None:
     params = jax.tree.map(lambda x: x + 0.02, params)  # biases begin at zero
     text = "expert=2,context=2,tensor=2"
     require_equal(BIASED, text, params, batch, run(BIASED, params, batch))
-
-
-@contextlib.contextmanager
-def quickly_compiled() -> Iterator[None]:
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture(scope="module")

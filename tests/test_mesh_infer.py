@@ -35,7 +35,7 @@ from gemtool.model.mesh import make_mesh, open_mesh, param_shardings, parse_mesh
 from gemtool.model.params import abstract_params, init_params
 from gemtool.stream.context import Part
 from gemtool.stream.spans import Span
-from tests.conftest import Command
+from tests.conftest import Command, quickly_compiled
 
 # A window, a buffer and a chunk; sinks, soft caps; key heads that tensor divides and does not. In
 # float32, where no rounding turns.
@@ -93,14 +93,11 @@ CLOSE = {"rtol": 2e-4, "atol": 2e-4}
 @pytest.fixture(scope="module", autouse=True)
 def small() -> Iterator[None]:
     """Runs and blocks so small that a tile has rows for several devices; quick compilation."""
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, quickly_compiled():
         patch.setattr(buffers, "RUN", 16)
         patch.setattr(sequences, "BLOCK", 64)
         patch.setattr(sequences, "PROMPT_TILE", TILE)
-        before = jax.config.read("jax_disable_most_optimizations")
-        jax.config.update("jax_disable_most_optimizations", True)
         yield
-        jax.config.update("jax_disable_most_optimizations", before)
 
 
 def make_engine(mesh: str | None, config: ModelConfig = CONFIG) -> Engine:
