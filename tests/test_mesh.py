@@ -209,6 +209,7 @@ def test_a_training_step_is_that_of_one_device(text: str, one_step: tuple[Any, A
         pytest.param("context=2", marks=pytest.mark.slow),
     ],
 )
+@quickly_compiled()
 def test_what_an_index_and_negatives_do_is_the_same_on_a_mesh(text: str) -> None:
     kinds = {kind.letter: kind for kind in CONFIG.kinds}
     index = IndexConfig(block=4, landmarks=2, dim=4, hidden=8, local=1, select=2)
