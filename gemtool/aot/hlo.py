@@ -411,7 +411,7 @@ def _traffic(
                 return float(told)
         used = _read_by_fusion(computations, inner)
         read = [min(size, used.get(number, size)) for number, size in enumerate(read)]
-        for array, (target, update) in _updated_in_place(inner, instruction):
+        for array, target, update in _updated_in_place(inner, instruction):
             if not array.on_chip:
                 written += min(0, 2 * update - array.bytes)
             if target is not None and target not in used:
@@ -421,7 +421,7 @@ def _traffic(
 
 def _updated_in_place(
     inner: Computation, fusion: Instruction
-) -> Iterator[tuple[Array, tuple[int | None, int]]]:
+) -> Iterator[tuple[Array, int | None, int]]:
     """Those results of a fusion that are one of its operands with a slice of it written anew: the
     result, the number of that operand where it is told, and bytes of the slice."""
 
@@ -437,7 +437,7 @@ def _updated_in_place(
         if result.opcode == "dynamic-update-slice":
             target = unnamed(result.operands[0])
             number = int(target.literal) if target.opcode == "parameter" else None
-            yield array, (number, inner.instructions[result.operands[1]].arrays[0].bytes)
+            yield array, number, inner.instructions[result.operands[1]].arrays[0].bytes
 
 
 def _read_by_fusion(computations: dict[str, Computation], inner: Computation) -> dict[int, int]:

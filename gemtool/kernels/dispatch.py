@@ -75,7 +75,7 @@ def dispatch(
     """
     if impl is not None:
         if impl not in implementations:
-            known = _known(implementations)
+            known = ", ".join(implementations)
             raise ValueError(f"{operation}: impl={impl!r}; expected one of {known}")
         return implementations[impl](*args, **kwargs)
     wanted = _forced or os.environ.get(ENVIRONMENT)
@@ -111,10 +111,6 @@ def deferred(module: str, name: str) -> Callable[..., Any]:
 def counted_turns(turns: int) -> AbstractContextManager[None]:
     """The scope of a loop that data ends: `gemtool.aot.hlo` counts it as so many turns."""
     return jax.named_scope(f"counted_{turns}")
-
-
-def _known(implementations: Mapping[str, Callable[..., Any]]) -> str:
-    return ", ".join(implementations)
 
 
 def accumulator(dtype: Any) -> Any:
