@@ -68,14 +68,14 @@ CONFIG = ModelConfig.from_dict(
 )  # fmt: skip
 
 ALONE = [f"{name}=8" for name in ("data", "fsdp", "expert", "context")] + ["tensor=4", "context=2"]
-TOGETHER = [
-    "data=2,fsdp=2,tensor=2",
-    "expert=2,context=2,tensor=2",
-    *(
-        pytest.param(text, marks=pytest.mark.slow)
-        for text in ("data=2,expert=4", "fsdp=2,context=4")
-    ),
-]
+THREE = ("data=2,fsdp=2,tensor=2", "expert=2,context=2,tensor=2")
+TWO = ("data=2,expert=4", "fsdp=2,context=4")
+
+
+def slow(*texts: str) -> list[Any]:
+    return [pytest.param(text, marks=pytest.mark.slow) for text in texts]
+
+
 # Llama 4 weighs inputs, gpt-oss has biases: what a device adds must be added once.
 BIASED = dataclasses.replace(
     CONFIG,
@@ -117,20 +117,19 @@ def objective(params: Any, config: ModelConfig, batch: Batch) -> Any:
     return loss + router["loss"], (loss, hidden, router["load"])
 
 
-def run(config: ModelConfig, params: Any, batch: Batch) -> Any:
+def run(config: ModelConfig, params: Any, batch: Batch) -> tuple[Any, str]:
+    """Outputs and gradients, and the program."""
     function = jax.value_and_grad(partial(objective, config=config), has_aux=True)
-    # Runs once: optimising would cost more than it saves.
-    step = jax.jit(
-        lambda p, b: function(p, batch=b), compiler_options={"xla_backend_optimization_level": 0}
-    )
+    with quickly_compiled():
+        step = jax.jit(lambda p, b: function(p, batch=b)).lower(params, batch).compile()
     (_, outputs), gradients = step(params, batch)
-    return jax.tree.map(np.asarray, (outputs, gradients))
+    return jax.tree.map(np.asarray, (outputs, gradients)), step.as_text()
 
 
 @pytest.fixture(scope="module")
 def unsharded() -> tuple[Any, Batch, Any]:
     params, batch = init_params(CONFIG, jax.random.key(0)), make_batch()
-    return params, batch, run(CONFIG, params, batch)
+    return params, batch, run(CONFIG, params, batch)[0]
 
 
 def spread(batch: Batch, mesh: Any) -> Batch:
@@ -143,17 +142,45 @@ def spread(batch: Batch, mesh: Any) -> Batch:
     return Batch(**own, media=batch.media)
 
 
-@pytest.mark.parametrize("text", ALONE + TOGETHER)
+# What a program sends, and what not. Compiled for CPU devices, where sums that are cut stay sums of
+# everything.
+SENDS = ("all-reduce", "all-gather", "all-to-all", "collective-permute")
+SENT = {
+    "fsdp=8": ({"all-gather", "all-reduce"}, {"collective-permute"}),
+    "expert=8": ({"all-to-all", "all-reduce"}, {"collective-permute"}),
+    "context=8": ({"collective-permute", "all-reduce"}, {"all-to-all"}),
+    "tensor=4": ({"all-reduce"}, {"all-to-all", "collective-permute"}),
+}
+
+
+def sent(program: str) -> set[str]:
+    return {name for name in SENDS if re.search(rf"\b{name}(-start)?\(", program)}
+
+
+@pytest.mark.parametrize("text", [*ALONE, *THREE, *slow(*TWO)])
 def test_sharded_equals_unsharded(text: str, unsharded: tuple[Any, Batch, Any]) -> None:
     params, batch, expected = unsharded
-    require_equal(CONFIG, text, params, batch, expected)
+    found = sent(require_equal(CONFIG, text, params, batch, expected))
+    must, must_not = SENT.get(text, (set(), set()))
+    assert must <= found
+    assert not must_not & found
+
+
+def test_of_texts_only_sums_are_sent() -> None:
+    batch = dataclasses.replace(make_batch(), media={})
+    mesh = make_mesh(parse_mesh("data=8"))
+    with jax.set_mesh(mesh):
+        params = init_params(CONFIG, jax.random.key(0))
+        params = jax.device_put(params, param_shardings(CONFIG, mesh))
+        _, program = run(CONFIG, params, spread(batch, mesh))
+    assert sent(program) == {"all-reduce"}
 
 
 def test_what_each_device_adds_is_added_once() -> None:
     params, batch = init_params(BIASED, jax.random.key(1)), make_batch(1)
     params = jax.tree.map(lambda x: x + 0.02, params)  # biases begin at zero
     text = "expert=2,context=2,tensor=2"
-    require_equal(BIASED, text, params, batch, run(BIASED, params, batch))
+    require_equal(BIASED, text, params, batch, run(BIASED, params, batch)[0])
 
 
 @pytest.fixture(scope="module")
@@ -179,9 +206,7 @@ def train_step(mesh: Any) -> tuple[Any, dict[str, jax.Array]]:
     return jax.tree.map(np.asarray, (after, metrics))
 
 
-@pytest.mark.parametrize(
-    "text", [*(pytest.param(text, marks=pytest.mark.slow) for text in ALONE), *TOGETHER]
-)
+@pytest.mark.parametrize("text", [THREE[1], *slow(THREE[0], *TWO, *ALONE)])
 def test_a_training_step_is_that_of_one_device(text: str, one_step: tuple[Any, Any]) -> None:
     expected, expected_metrics = one_step
     mesh = make_mesh(parse_mesh(text))
@@ -201,14 +226,7 @@ def test_a_training_step_is_that_of_one_device(text: str, one_step: tuple[Any, A
         np.testing.assert_allclose(value, want, rtol=2e-3, atol=2e-4 * np.abs(want).max())
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        pytest.param("fsdp=2,tensor=2,data=2", marks=pytest.mark.slow),
-        "expert=4,tensor=2",
-        pytest.param("context=2", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.parametrize("text", ["expert=4,tensor=2", *slow(THREE[0], "context=2")])
 @quickly_compiled()
 def test_what_an_index_and_negatives_do_is_the_same_on_a_mesh(text: str) -> None:
     kinds = {kind.letter: kind for kind in CONFIG.kinds}
@@ -279,18 +297,20 @@ def test_rows_that_do_not_divide_count_once(
     )
 
 
-def require_equal(config: ModelConfig, text: str, params: Any, batch: Batch, expected: Any) -> None:
+def require_equal(config: ModelConfig, text: str, params: Any, batch: Batch, expected: Any) -> str:
+    """Outputs and gradients on a mesh are the expected ones; returns its program."""
     outputs, gradients = expected
     mesh = make_mesh(parse_mesh(text))
     with jax.set_mesh(mesh):
         cut = jax.device_put(params, param_shardings(config, mesh))
-        got_outputs, got_gradients = run(config, cut, spread(batch, mesh))
+        (got_outputs, got_gradients), program = run(config, cut, spread(batch, mesh))
     for got, want in zip(jax.tree.leaves(got_outputs), jax.tree.leaves(outputs), strict=True):
         np.testing.assert_allclose(got, want, **OUTPUT)
     wanted = flatten(gradients)
     for path, got in flatten(got_gradients).items():
         atol = 2e-5 * np.abs(wanted[path]).max() + 1e-6
         np.testing.assert_allclose(got, wanted[path], rtol=1e-3, atol=atol, err_msg=path)
+    return program
 
 
 def test_parameters_are_really_cut() -> None:
@@ -361,36 +381,3 @@ def test_every_axis_of_every_preset_has_a_rule() -> None:
     for name in PRESETS:
         for path, spec in flatten(param_specs(load_preset(name))).items():
             assert {*spec.axes} - {None} <= RULES.keys(), path
-
-
-# What a program sends. Compiled for CPU devices, where sums that are cut stay sums of everything.
-SENDS = ("all-reduce", "all-gather", "all-to-all", "collective-permute")
-
-
-def sent(text: str) -> set[str]:
-    """The collectives of a forward and backward pass over text."""
-    batch = dataclasses.replace(make_batch(), media={})
-    mesh = make_mesh(parse_mesh(text))
-    with jax.set_mesh(mesh):
-        params = jax.device_put(
-            init_params(CONFIG, jax.random.key(0)), param_shardings(CONFIG, mesh)
-        )
-        step = jax.jit(jax.grad(lambda p, b: objective(p, CONFIG, b)[0]))
-        program = step.lower(params, spread(batch, mesh)).compile().as_text()
-    return {name for name in SENDS if re.search(rf"\b{name}(-start)?\(", program)}
-
-
-@pytest.mark.parametrize(
-    ("text", "must", "must_not"),
-    [
-        ("data=8", {"all-reduce"}, {"all-to-all", "collective-permute", "all-gather"}),
-        ("fsdp=8", {"all-gather", "all-reduce"}, {"collective-permute"}),
-        ("expert=8", {"all-to-all", "all-reduce"}, {"collective-permute"}),
-        ("context=8", {"collective-permute", "all-reduce"}, {"all-to-all"}),
-        ("tensor=4", {"all-reduce"}, {"all-to-all", "collective-permute"}),
-    ],
-)
-def test_each_axis_sends_what_it_should(text: str, must: set[str], must_not: set[str]) -> None:
-    found = sent(text)
-    assert must <= found
-    assert not must_not & found
