@@ -20,7 +20,7 @@ from gemtool.aot.report import _says, compile_program, table
 from gemtool.aot.topology import CHIPS, Topology, parse_topology
 from gemtool.errors import GemtoolError, UsageError
 from gemtool.kernels.attention.pallas_tpu import PIECE, attention_pallas_tpu
-from gemtool.kernels.dispatch import counted_turns
+from gemtool.kernels.turns import counted_turns
 from gemtool.model.config import load_preset
 from gemtool.train.objectives import CHUNK, next_token_loss
 from tests.conftest import Command

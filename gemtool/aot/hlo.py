@@ -1,9 +1,9 @@
 """What a compiled program does, read off its text: operations, bytes of memory, collectives.
 
 XLA's own cost analysis counts the body of a loop once. Here each computation counts as often as it is
-run, where the number of turns of a loop is written in the program, or the name of its scope tells
-it (`counted_8`); other loops whose end depends on data count once and are reported. Custom kernels
-count as what they say of themselves, if they do.
+run, where the number of turns of a loop is written in the program, or the name of its scope tells it
+(`gemtool.kernels.turns`); other loops whose end depends on data count once and are reported. Custom
+kernels count as what they say of themselves, if they do.
 
 The grammar is that of HLO text (https://openxla.org/xla/operation_semantics).
 """

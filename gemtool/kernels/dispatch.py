@@ -11,11 +11,10 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from gemtool.errors import UsageError
 
@@ -106,13 +105,3 @@ def deferred(module: str, name: str) -> Callable[..., Any]:
         return getattr(importlib.import_module(module), name)(*args, **kwargs)
 
     return call
-
-
-def counted_turns(turns: int) -> AbstractContextManager[None]:
-    """The scope of a loop that data ends: `gemtool.aot.hlo` counts it as so many turns."""
-    return jax.named_scope(f"counted_{turns}")
-
-
-def accumulator(dtype: Any) -> Any:
-    """The type a kernel computes in: float64 for float64, float32 for every other floating type."""
-    return jnp.float64 if dtype == jnp.float64 else jnp.float32

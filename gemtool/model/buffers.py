@@ -28,7 +28,9 @@ from jax.sharding import PartitionSpec
 
 from gemtool.kernels.attention import flash_attention, merge_attention, partial_attention
 from gemtool.kernels.blocks import block_attention, partial_block_attention
-from gemtool.kernels.dispatch import accumulator, counted_turns, target_platform
+from gemtool.kernels.dispatch import target_platform
+from gemtool.kernels.dtypes import accumulator
+from gemtool.kernels.turns import counted_turns
 from gemtool.model.mesh import (
     RULES,
     constrain,

@@ -25,8 +25,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from gemtool.kernels.dispatch import counted_turns, target_platform
+from gemtool.kernels.dispatch import target_platform
 from gemtool.kernels.experts import expert_mlp
+from gemtool.kernels.turns import counted_turns
 from gemtool.model.mesh import AXES, current_mesh, partition
 
 AXIS = "expert"

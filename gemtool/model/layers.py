@@ -7,7 +7,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from gemtool.kernels.dispatch import accumulator
+from gemtool.kernels.dtypes import accumulator
 from gemtool.kernels.glu import Glu
 from gemtool.kernels.rows import scale_rows
 from gemtool.model.config import ModelConfig

@@ -23,7 +23,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gemtool.kernels.dispatch import accumulator
+from gemtool.kernels.dtypes import accumulator
 from gemtool.model import attention, encoders
 from gemtool.model.attention import Keys, LayerCache
 from gemtool.model.batch import Batch, MediaGroups

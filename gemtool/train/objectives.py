@@ -12,7 +12,8 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from gemtool.kernels.dispatch import accumulator, counted_turns
+from gemtool.kernels.dtypes import accumulator
+from gemtool.kernels.turns import counted_turns
 from gemtool.model.config import ModelConfig
 from gemtool.model.params import Tree
 from gemtool.model.transformer import logits

@@ -35,7 +35,8 @@ from gemtool.kernels.attention.merge import merge_attention
 from gemtool.kernels.attention.reference import NOTHING
 from gemtool.kernels.attention.tpu_blocks import LANES, Blocks, Inputs, visible_blocks
 from gemtool.kernels.attention.xla import Options, round_up
-from gemtool.kernels.dispatch import counted_turns, target_platform
+from gemtool.kernels.dispatch import target_platform
+from gemtool.kernels.turns import counted_turns
 
 # (rows, keys) of a block: a tile of scores is float32, and a few of them fit into the vector memory.
 FORWARD = (1024, 512)

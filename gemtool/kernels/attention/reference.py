@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from gemtool.kernels.dispatch import accumulator
+from gemtool.kernels.dtypes import accumulator
 
 NOTHING = -1e30
 """Log of the sum of exponentials of a query that sees no key: finite, so that it can be subtracted."""

@@ -22,7 +22,7 @@ import numpy as np
 from jax import lax
 
 from gemtool.kernels.attention.reference import NOTHING
-from gemtool.kernels.dispatch import accumulator
+from gemtool.kernels.dtypes import accumulator
 from gemtool.kernels.rows import row_dots
 
 KEY_BLOCK = 128

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from gemtool.kernels.attention.reference import NOTHING
-from gemtool.kernels.dispatch import accumulator
+from gemtool.kernels.dtypes import accumulator
 
 
 def block_attention_reference(

@@ -21,7 +21,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from gemtool.kernels.dispatch import accumulator, counted_turns
+from gemtool.kernels.dtypes import accumulator
+from gemtool.kernels.turns import counted_turns
 
 RUN = 64
 # Queries of a group, at most: each group reads all landmarks once.

@@ -22,7 +22,7 @@ import numpy as np
 from jax import lax
 
 from gemtool.kernels.attention.reference import NOTHING
-from gemtool.kernels.dispatch import accumulator
+from gemtool.kernels.dtypes import accumulator
 
 GROUP = 16
 KEYS_AT_ONCE = 512

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from gemtool.kernels.dispatch import accumulator
+from gemtool.kernels.dtypes import accumulator
 from gemtool.kernels.glu import Glu
 
 

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from gemtool.kernels.dispatch import accumulator
+from gemtool.kernels.dtypes import accumulator
 from gemtool.kernels.experts.pairs import Pairs, combine, sort_pairs
 from gemtool.kernels.glu import Glu
 from gemtool.kernels.rows import row_dots
