@@ -45,8 +45,8 @@ test-ray: $(VENV)-ray/.ready ## Run the tests of --engine ray, in an environment
 	$(VENV)-ray/bin/python -m pytest tests/test_cluster.py
 
 test-tpu: $(VENV)-tpu/.ready ## Compile every preset with the real TPU compiler, in an environment of its own (slow)
-	$(VENV)-tpu/bin/python -m pytest -n 2 --dist loadgroup tests/test_tpu.py tests/test_tpu_kernels.py \
-	  tests/test_examples.py::test_readme_with_the_tpu_compiler
+	$(VENV)-tpu/bin/python -m pytest -n 2 --dist loadfile tests/test_tpu.py tests/test_tpu_kernels.py \
+	  tests/test_tpu_pro.py tests/test_examples.py::test_readme_with_the_tpu_compiler
 
 $(VENV)-tpu/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)-tpu

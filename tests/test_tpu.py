@@ -21,18 +21,13 @@ pytestmark = [
     pytest.mark.timeout(3600),
 ]
 
-# A slice of each generation that holds the model in training, and positions of a sequence. The state of
-# pro alone, 16 bytes a parameter, is as large as the memory of the largest slice of v5e (16x16). It
-# comes first: one worker takes all of it, the other meanwhile the rest.
+# A slice of each generation that holds the model in training, and positions of a sequence.
 SLICES = {
-    ("pro", "4k"): ("v5p:4x4x4",),
-    ("pro", "2k"): ("v4:8x8x8", "v6e:16x16"),
     ("nano", "1k"): ("v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2"),
     ("mini", "4k"): ("v4:2x2x1", "v5e:2x4", "v5p:2x2x1", "v6e:2x2"),
     ("flash", "4k"): ("v4:2x2x2", "v5e:4x4", "v5p:2x2x1", "v6e:2x4"),
 }
-EXPERTS = {"nano", "mini", "pro"}
-INDEXED = {"pro"}
+INFERENCE = [("nano", "v5e:2x2"), ("mini", "v4:2x2x1"), ("flash", "v6e:2x4")]
 
 
 def compiled(gemtool: Command, verb: str, model: str, topology: str, *more: str) -> dict[str, Any]:
@@ -42,10 +37,7 @@ def compiled(gemtool: Command, verb: str, model: str, topology: str, *more: str)
 
 
 def marks(model: str, topology: str) -> list[pytest.MarkDecorator]:
-    """Two programs of pro at once take more memory than a small machine has (11 to 15 GB each)."""
-    quick = model == "nano" and topology.startswith("v5e")
-    found = [] if quick else [pytest.mark.slow]
-    return [*found, pytest.mark.xdist_group("large")] if model == "pro" else found
+    return [] if model == "nano" and topology.startswith("v5e") else [pytest.mark.slow]
 
 
 @pytest.mark.parametrize(
@@ -57,13 +49,18 @@ def marks(model: str, topology: str) -> list[pytest.MarkDecorator]:
     ],
 )
 def test_training_fits(gemtool: Command, model: str, length: str, topology: str) -> None:
+    experts = {"gmm", "tgmm"} if model in {"nano", "mini"} else set()
     row = compiled(gemtool, "train", model, topology, "--length", length)
+    require_training_fits(row, kernels=experts)
+
+
+def require_training_fits(row: dict[str, Any], kernels: set[str]) -> None:
+    """It fits, with kernels for attention and these, and what it takes was all found."""
     assert row["fits"], row["says"]
     assert row["says"].startswith("It fits: it takes ")
     assert row["hbm"]["total"] <= row["hbm"]["capacity"]
     attention = {"forward_attention", "d_queries_attention", "d_keys_attention"}
-    experts = {"gmm", "tgmm"} if model in EXPERTS else set()
-    assert row["kernels"].keys() >= attention | experts
+    assert row["kernels"].keys() >= attention | kernels
     # What is found in the program. A layer computes again what its backward pass needs.
     assert row["needed_flops"] < row["flops"] < 3 * row["needed_flops"]
     assert 0 < row["kernel_flops"] < row["flops"]
@@ -92,29 +89,19 @@ def test_experts_are_counted_as_chosen_evenly(gemtool: Command) -> None:
 @pytest.mark.parametrize("verb", ["prefill", "decode"])
 @pytest.mark.parametrize(
     ("model", "topology"),
-    [
-        pytest.param(model, topology, marks=marks(model, topology))
-        for model, topology in (
-            ("nano", "v5e:2x2"),
-            ("mini", "v4:2x2x1"),
-            ("flash", "v6e:2x4"),
-            ("pro", "v5e:16x16"),
-            ("pro", "v5p:4x4x4"),
-        )
-    ],
+    [pytest.param(*wanted, marks=marks(*wanted)) for wanted in INFERENCE],
 )
 def test_inference_fits(gemtool: Command, verb: str, model: str, topology: str) -> None:
+    experts = {"gmm"} if model in {"nano", "mini"} else set()
     row = compiled(gemtool, verb, model, topology, "--length", "1M")
+    require_inference_fits(row, kernels=experts)
+
+
+def require_inference_fits(row: dict[str, Any], kernels: set[str]) -> None:
     assert row["fits"], row["says"]
-    assert "forward_attention" in row["kernels"]
-    # Prefill of pro ends with keys and values of its one global layer: the layers behind keep none.
-    whole = (verb, model) != ("prefill", "pro")
-    if model in EXPERTS and whole:
-        assert row["kernels"]["gmm"] > 0
-    if model in INDEXED and whole:
-        assert row["kernels"]["block_attention"] > 0
-    # Keys and values of a million positions are never sent: a step's own rows are.
+    assert row["kernels"].keys() >= {"forward_attention"} | kernels
     assert row["unknown_loops"] == 0
+    # Keys and values of a million positions are never sent: a step's own rows are.
     sent = sum(total["bytes"] for total in row["collectives"].values())
     assert sent < row["hbm"]["arguments"]
 

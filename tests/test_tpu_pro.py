@@ -1,0 +1,39 @@
+"""The preset pro, compiled by the real TPU compiler: `make test-tpu`.
+
+Two of its programs at once take more memory than a small machine has (11 to 15 GB each), so that they
+have a file of their own, which one worker runs (pytest-xdist, --dist loadfile).
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from tests import test_tpu
+from tests.conftest import Command
+from tests.test_tpu import compiled, require_inference_fits, require_training_fits
+
+pytestmark = [*test_tpu.pytestmark, pytest.mark.slow]
+
+
+@pytest.mark.parametrize(
+    ("length", "topology"),
+    # Its state alone, 16 bytes a parameter, is as large as the memory of the largest slice of v5e.
+    [("4k", "v5p:4x4x4"), ("2k", "v4:8x8x8"), ("2k", "v6e:16x16")],
+)
+def test_training_fits(gemtool: Command, length: str, topology: str) -> None:
+    row = compiled(gemtool, "train", "pro", topology, "--length", length)
+    require_training_fits(row, kernels={"gmm", "tgmm"})
+
+
+@pytest.mark.parametrize("topology", ["v5e:16x16", "v5p:4x4x4"])
+@pytest.mark.parametrize(
+    ("verb", "kernels"),
+    [
+        # It ends with keys and values of its one global layer: the layers behind keep none.
+        ("prefill", set()),
+        ("decode", {"gmm", "block_attention"}),
+    ],
+)
+def test_inference_fits(gemtool: Command, verb: str, kernels: set[str], topology: str) -> None:
+    row = compiled(gemtool, verb, "pro", topology, "--length", "1M")
+    require_inference_fits(row, kernels)
