@@ -10,7 +10,12 @@ import pytest
 
 from tests import test_tpu
 from tests.conftest import Command
-from tests.test_tpu import compiled, require_inference_fits, require_training_fits
+from tests.test_tpu import (
+    compiled,
+    require_inference_fits,
+    require_little_is_sent,
+    require_training_fits,
+)
 
 pytestmark = [*test_tpu.pytestmark, pytest.mark.slow]
 
@@ -26,14 +31,19 @@ def test_training_fits(gemtool: Command, length: str, topology: str) -> None:
 
 
 @pytest.mark.parametrize("topology", ["v5e:16x16", "v5p:4x4x4"])
-@pytest.mark.parametrize(
-    ("verb", "kernels"),
-    [
-        # It ends with keys and values of its one global layer: the layers behind keep none.
-        ("prefill", set()),
-        ("decode", {"gmm", "block_attention"}),
-    ],
-)
-def test_inference_fits(gemtool: Command, verb: str, kernels: set[str], topology: str) -> None:
-    row = compiled(gemtool, verb, "pro", topology, "--length", "1M")
-    require_inference_fits(row, kernels)
+def test_decoding_fits(gemtool: Command, topology: str) -> None:
+    row = compiled(gemtool, "decode", "pro", topology, "--length", "1M")
+    require_inference_fits(row, kernels={"gmm", "block_attention"})
+    require_little_is_sent(row)
+
+
+@pytest.mark.parametrize("topology", ["v5e:16x16", "v5p:4x4x4"])
+def test_prefill_fits(gemtool: Command, topology: str) -> None:
+    """It ends with keys and values of the one global layer: those behind keep none, and no experts
+    are computed. Weights are gathered for each chunk, and what is sent does not grow."""
+    row, shorter = (
+        compiled(gemtool, "prefill", "pro", topology, "--length", length)
+        for length in ("1M", "100k")
+    )
+    require_inference_fits(row, kernels=set())
+    assert row["collectives"] == shorter["collectives"]
