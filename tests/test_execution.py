@@ -99,7 +99,7 @@ def _plain_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     "execution",
     [
-        STACKED,
+        pytest.param(STACKED, marks=pytest.mark.slow),
         pytest.param(Execution(remat=True), marks=pytest.mark.slow),
         Execution(remat=True, stacked=True),
     ],
@@ -153,7 +153,6 @@ def test_matrices_are_rounded_and_what_decides_is_not() -> None:
     assert wide == norms | {"router", "bias", "sink", "log_temperature"}
 
 
-@pytest.mark.slow
 def test_routers_multiply_in_all_of_float32() -> None:
     """Accelerators take fewer bits unless they are told: then near ties choose other experts."""
     moe = CONFIG.moe
@@ -166,6 +165,7 @@ def test_routers_multiply_in_all_of_float32() -> None:
     assert products[0].params["precision"] == (jax.lax.Precision.HIGHEST,) * 2
 
 
+@pytest.mark.slow
 def test_a_training_step_of_stacked_layers_is_one_of_layers_apart() -> None:
     batch = stack([dataclasses.replace(make_batch(seed)) for seed in (0, 1)])
 
