@@ -179,8 +179,7 @@ def test_of_texts_only_sums_are_sent() -> None:
 def test_what_each_device_adds_is_added_once() -> None:
     params, batch = init_params(BIASED, jax.random.key(1)), make_batch(1)
     params = jax.tree.map(lambda x: x + 0.02, params)  # biases begin at zero
-    text = "expert=2,context=2,tensor=2"
-    require_equal(BIASED, text, params, batch, run(BIASED, params, batch)[0])
+    require_equal(BIASED, THREE[1], params, batch, run(BIASED, params, batch)[0])
 
 
 @pytest.fixture(scope="module")

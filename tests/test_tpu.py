@@ -27,6 +27,7 @@ SLICES = {
     ("mini", "4k"): ("v4:2x2x1", "v5e:2x4", "v5p:2x2x1", "v6e:2x2"),
     ("flash", "4k"): ("v4:2x2x2", "v5e:4x4", "v5p:2x2x1", "v6e:2x4"),
 }
+EXPERTS = {"nano", "mini"}
 INFERENCE = [("nano", "v5e:2x2"), ("mini", "v4:2x2x1"), ("flash", "v6e:2x4")]
 
 
@@ -49,7 +50,7 @@ def marks(model: str, topology: str) -> list[pytest.MarkDecorator]:
     ],
 )
 def test_training_fits(gemtool: Command, model: str, length: str, topology: str) -> None:
-    experts = {"gmm", "tgmm"} if model in {"nano", "mini"} else set()
+    experts = {"gmm", "tgmm"} if model in EXPERTS else set()
     row = compiled(gemtool, "train", model, topology, "--length", length)
     require_training_fits(row, kernels=experts)
 
@@ -92,7 +93,7 @@ def test_experts_are_counted_as_chosen_evenly(gemtool: Command) -> None:
     [pytest.param(*wanted, marks=marks(*wanted)) for wanted in INFERENCE],
 )
 def test_inference_fits(gemtool: Command, verb: str, model: str, topology: str) -> None:
-    experts = {"gmm"} if model in {"nano", "mini"} else set()
+    experts = {"gmm"} if model in EXPERTS else set()
     row = compiled(gemtool, verb, model, topology, "--length", "1M")
     require_inference_fits(row, kernels=experts)
     require_little_is_sent(row)

@@ -1,6 +1,6 @@
 """The preset pro, compiled by the real TPU compiler: `make test-tpu`.
 
-Two of its programs at once take more memory than a small machine has (11 to 15 GB each), so that they
+Two of its programs at once take more memory than a small machine has (11 to 16 GB each), so that they
 have a file of their own, which one worker runs (pytest-xdist, --dist loadfile).
 """
 
