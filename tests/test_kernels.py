@@ -123,6 +123,7 @@ ATTENTION: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
     "soft-cap-segments": ((2, 150, 150, 2, 1, 8), {"soft_cap": 4.0, "segments": True}),
     "soft-cap-decode": ((1, 1, 700, 2, 1, 8), {"soft_cap": 0.5, "q_start": 650, "kv_length": 651}),
     "decode": ((3, 1, 1300, 4, 2, 8), {"q_start": 1100, "kv_length": 1101}),
+    "decode-long": ((2, 1, 4500, 4, 2, 8), {"q_start": 4300, "kv_length": 4301}),
     "decode-first": ((1, 1, 700, 2, 2, 8), {"q_start": 0, "kv_length": 1}),
     "decode-window": ((1, 1, 700, 2, 1, 8), {"q_start": 650, "kv_length": 651, "window": 64}),
     "decode-short-buffer": ((1, 1, 129, 2, 2, 8), {"q_start": 128, "kv_length": 129}),

@@ -27,6 +27,8 @@ from gemtool.kernels.rows import row_dots
 
 KEY_BLOCK = 128
 DECODE_KEY_BLOCK = 512
+"""Of one query in a buffer of more than LONG keys; in a shorter one it would be mostly empty."""
+LONG = 4096
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,7 +139,8 @@ class _Plan:
         queries = max(1 << (rows // groups - 1).bit_length(), 16)
         queries = min(queries, round_up(length, 8)) if length > 1 else 1
         query_blocks = -(-length // queries)
-        keys = min(DECODE_KEY_BLOCK if length == 1 else KEY_BLOCK, capacity)
+        tall = length == 1 and capacity > LONG
+        keys = min(DECODE_KEY_BLOCK if tall else KEY_BLOCK, capacity)
         segment_range = None
         if q_segments is not None and kv_segments is not None:
             pad = query_blocks * queries - length
@@ -201,7 +204,9 @@ class _Plan:
             return lax.dynamic_slice(x, (row, jnp.int32(0), start, jnp.int32(0)), shape)[0]
         shape = (1, self.keys, self.kv_heads, self.dim)
         block = lax.dynamic_slice(x, (row, start, jnp.int32(0), jnp.int32(0)), shape)[0]
-        return block.transpose(1, 0, 2).astype(self.dtype)
+        # A bare copy of rows of 64 is compiled as scalar code; a product, with an unknown 1, is not.
+        one = lax.optimization_barrier(jnp.ones((), self.dtype))
+        return block.transpose(1, 0, 2).astype(self.dtype) * one
 
     def key_start(self, j: jax.Array) -> jax.Array:
         """First key of block j. The last block ends at the capacity, so it may overlap the one
