@@ -52,6 +52,27 @@ def test_a_program_runs_again_in_the_pages_it_had() -> None:
     assert page_faults(set_up=True) < page_faults(set_up=False) / 4
 
 
+@pytest.mark.parametrize(
+    ("given", "used"),
+    [
+        (None, "--xla_cpu_prefer_vector_width=512"),
+        ("--xla_foo=1", "--xla_foo=1 --xla_cpu_prefer_vector_width=512"),
+        ("--xla_cpu_prefer_vector_width=128", "--xla_cpu_prefer_vector_width=128"),
+    ],
+)
+def test_xla_compiles_for_whole_vectors_unless_told_else(given: str | None, used: str) -> None:
+    script = "import os; from gemtool.runtime import setup_jax as set_up; set_up(); set_up()"
+    script += "; print(os.environ['XLA_FLAGS'])"
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    if given is not None:
+        environment["XLA_FLAGS"] = given
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == used + "\n"
+
+
 def test_the_cache_is_bounded(tmp_path: Path) -> None:
     """Programs that were not used for longest go, until a quarter of the room is free."""
     folder = tmp_path / "xla"

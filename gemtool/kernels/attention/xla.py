@@ -198,14 +198,14 @@ class _Plan:
 
     def block(self, x: jax.Array, row: jax.Array, j: jax.Array) -> jax.Array:
         """Key block j of a batch row -> [KV, keys, D]."""
-        start = self.key_start(j)
-        if self.heads_first:
-            shape = (1, self.kv_heads, self.keys, self.dim)
-            return lax.dynamic_slice(x, (row, jnp.int32(0), start, jnp.int32(0)), shape)[0]
-        shape = (1, self.keys, self.kv_heads, self.dim)
-        block = lax.dynamic_slice(x, (row, start, jnp.int32(0), jnp.int32(0)), shape)[0]
+        start, origin = self.key_start(j), jnp.int32(0)
         # A bare copy of rows of 64 is compiled as scalar code; a product, with an unknown 1, is not.
         one = lax.optimization_barrier(jnp.ones((), self.dtype))
+        if self.heads_first:
+            shape = (1, self.kv_heads, self.keys, self.dim)
+            return lax.dynamic_slice(x, (row, origin, start, origin), shape)[0] * one
+        shape = (1, self.keys, self.kv_heads, self.dim)
+        block = lax.dynamic_slice(x, (row, start, origin, origin), shape)[0]
         return block.transpose(1, 0, 2).astype(self.dtype) * one
 
     def key_start(self, j: jax.Array) -> jax.Array:
