@@ -109,8 +109,8 @@ def _use_whole_vectors() -> None:
     """Has XLA compile loops for vectors of 512 bits where a CPU has them, unless XLA_FLAGS say else.
 
     By default it takes half of each, for CPUs that slowed down when vectors were whole. On one that
-    does not (Zen 5), the exponentials of attention take half the time. XLA ends a process that gives
-    it an option it does not know; jaxlib 0.10 and 0.11 know this one.
+    does not (Zen 5), attention takes a tenth less time. XLA ends a process that gives it an option it
+    does not know; jaxlib 0.10 and 0.11 know this one.
     """
     flags = os.environ.get("XLA_FLAGS", "")
     if VECTOR_WIDTH not in flags:
